@@ -1,0 +1,1 @@
+"""Q-Sparse layers and decoder in PyTorch: trainable and exportable."""

@@ -1,0 +1,1 @@
+"""Runtimes: what compiles and runs a graph."""

@@ -1,0 +1,1 @@
+"""What a device has and can run: data only."""
