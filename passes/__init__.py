@@ -1,1 +1,16 @@
-"""Graph passes."""
+"""Graph passes: one literal table, name -> "module:Class", resolved on use."""
+
+from __future__ import annotations
+
+PASSES: dict[str, str] = {
+    "annotate-scope": "annotate_scope:AnnotateScope",
+    "attach-bodies": "lower_attach_bodies:AttachBodies",
+    "check": "clean_check:Check",
+    "eliminate-common": "clean_eliminate:EliminateCommon",
+    "eliminate-dead": "clean_eliminate:EliminateDead",
+    "eliminate-identity": "clean_eliminate:EliminateIdentity",
+    "fold-constants": "clean_fold_constants:FoldConstants",
+    "fuse-tied-head": "fuse_tied_head:FuseTiedHead",
+    "infer-shapes": "clean_infer_shapes:InferShapes",
+    "sort-nodes": "clean_sort_nodes:SortNodes",
+}

@@ -1,0 +1,26 @@
+"""Folds what is known at export: onnxscript's optimiser under this project's contract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+from onnxscript.optimizer import fold_constants
+from qsparse_export.passes.base import Pass, PassResult
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Computes nodes of constant inputs now, up to ``limit`` bytes of input: weights stay on the disk.
+
+    Before: ``s = Shape(w); n = Gather(s, 0)``. After: ``n`` is an initialiser.
+    """
+
+    name: ClassVar[str] = "fold-constants"
+    limit: int = 1024
+
+    def call(self, model: ir.Model) -> PassResult:
+        """See :class:`Pass`."""
+        result = fold_constants(model, input_size_limit=self.limit, output_size_limit=self.limit)
+        return PassResult(model, result.modified)

@@ -1,0 +1,173 @@
+"""qsparse-export: a checkpoint goes in, a verified bundle comes out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qsparse_export.cli.console import Stages, print_json, run, say
+
+if TYPE_CHECKING:
+    from qsparse_export.bundle import Bundle
+
+_EPILOG = """\
+MODEL is one of
+  model.pt                 this project's own checkpoint (qsparse_export.save), or a name like shape:bitnet-2b-4t,layers=2
+  folder                   a transformers folder: Llama, Mistral, Qwen2 (with or without sparse_ratio) or BitNet, safetensors
+  model.gguf               Llama or Qwen2 architecture, any quantisation that the gguf package reads
+  program.pt2              a torch.export program; loading it unpickles, so it needs --trust
+  list targets|formats|passes   prints what there is
+
+examples
+  qsparse-export model.pt --target cpu
+  qsparse-export SmolLM2.gguf --sparse-ratio 0.25 --sparse-ratio down=0.5 -o smollm2
+  qsparse-export ./bitnet-2b-4t --verify quick
+  qsparse-export shape:qsparse-700m,layers=2 --seed 1
+
+--sparse-ratio is the share of zeros: R for every projection, or PROJECTION=R for qkv, o, gate_up or down; later ones win;
+or the path of a TOML file of name patterns. A checkpoint that says its own sparsity keeps it, unless --override.
+exit codes: 0 done and verified, 1 failed (nothing is left behind), 2 wrong usage"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run(_command, argv)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of qsparse-export."""
+    made = argparse.ArgumentParser(
+        prog="qsparse-export",
+        description="Compiles a PyTorch Q-Sparse or BitNet model to a self-checking ONNX bundle.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("model", metavar="MODEL", help="checkpoint, folder or shape (see below); or the word list")
+    made.add_argument("what", nargs="?", choices=["targets", "formats", "passes"], help="after list: what to print")
+    made.add_argument(
+        "--target", default="cpu", help="device to compile for: a name or a .toml file (default: cpu, this machine)"
+    )
+    made.add_argument("--runtime", default="ort", help="what runs the bundle (default: ort, ONNX Runtime)")
+    made.add_argument("-o", "--out", metavar="DIR", help="output folder (default: NAME-TARGET here)")
+    made.add_argument(
+        "--sparse-ratio", action="append", default=[], metavar="[PROJ=]R|FILE", help="share of zeros; may be repeated"
+    )
+    made.add_argument(
+        "--weights",
+        default="keep",
+        choices=["keep", "fp32", "fp16", "ternary"],
+        help="keep: ternary stays ternary, floats become fp32 without loss (default); fp16; ternary: BitNet quantisation",
+    )
+    made.add_argument("--portable", action="store_true", help="leave the kernel library out: any ONNX Runtime runs it")
+    made.add_argument(
+        "--verify",
+        default="full",
+        choices=["full", "quick", "none"],
+        help="full: kernels and function bodies, 32 greedy tokens (default); quick: one way, 8 tokens",
+    )
+    made.add_argument("--passes", metavar="SPEC", help="replace the pass pipeline (see: list passes)")
+    made.add_argument("--trust", action="store_true", help="allow loading a .pt2 file, which executes code from it")
+    made.add_argument("--override", action="store_true", help="let --sparse-ratio contradict the checkpoint")
+    made.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the random weights of shape:... (default 0)"
+    )
+    made.add_argument("--force", action="store_true", help="replace an existing bundle")
+    made.add_argument("--json", action="store_true", help="print the manifest as JSON on stdout")
+    return made
+
+
+def _command(argv: Sequence[str]) -> None:
+    arguments = parser().parse_args(argv)
+    if arguments.model == "list":
+        _list(arguments.what, arguments.json)
+        return
+    if arguments.what:
+        parser().error(
+            f"unexpected argument {arguments.what!r}; lists are printed by: qsparse-export list {arguments.what}"
+        )
+    stages = Stages(quiet=arguments.json)
+    stages("load")
+    from qsparse_export.api import export
+    from qsparse_export.loader import load
+    from qsparse_export.sparsity import parse_sparsity
+
+    model = load(
+        arguments.model,
+        sparsity=parse_sparsity(arguments.sparse_ratio) if arguments.sparse_ratio else None,
+        override=arguments.override,
+        trust=arguments.trust,
+        seed=arguments.seed,
+    )
+    bundle = export(
+        model,
+        target=arguments.target,
+        out=arguments.out,
+        runtime=arguments.runtime,
+        weights=arguments.weights,
+        portable=arguments.portable,
+        verify=arguments.verify,
+        pipeline=arguments.passes,
+        force=arguments.force,
+        on_stage=stages,
+    )
+    stages(None)
+    if arguments.json:
+        print_json({"path": str(bundle.path), **bundle.manifest})
+    else:
+        _report(bundle)
+
+
+def _report(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    say(f"\n{bundle.path}  ({manifest['name']} for {manifest['target']['name']}, {manifest['runtime']})")
+    for name, file in manifest["files"].items():
+        say(f"  {name:<28}{file['bytes'] / 1e6:10.2f} MB")
+    parity = manifest["parity"]
+    if parity is None:
+        say("  not verified (--verify none)")
+    else:
+        for path in parity["paths"]:
+            say("  " + _parity_line(path, parity["limit"]))
+    say(f"\nrun it:  qsparse-run {bundle.path} --prompt 'Once upon a time'" if manifest["kind"] == "decoder" else "")
+
+
+def _parity_line(path: dict[str, Any], limit: float) -> str:
+    error = path.get("relative_logit_error", path.get("relative_error"))
+    line = f"parity {path['path']:<7} relative error {error:.2e} (limit {limit:.1e})"
+    if "greedy_agreement" in path:
+        line += f", argmax {path['argmax_agreement']:.1%}, greedy tokens {path['greedy_agreement']:.1%}"
+    calls = {op: sum(variants.values()) for op, variants in path["native_calls"].items()}
+    variants = sorted({variant for op in path["native_calls"].values() for variant in op})
+    return line + (f", native calls {calls} ({', '.join(variants)})" if calls else "")
+
+
+def _list(what: str | None, as_json: bool) -> None:
+    if what is None:
+        parser().error("list what? expected: list targets, list formats or list passes")
+    rows = {"targets": _targets, "formats": _formats, "passes": _passes}[what]()
+    if as_json:
+        print_json(rows)
+        return
+    width = max(len(name) for name in rows)
+    for name, text in rows.items():
+        print(f"{name:<{width}}  {text}")
+
+
+def _targets() -> dict[str, str]:
+    from qsparse_export.targets.target import load_target, target_names
+
+    return {name: load_target(name).description for name in target_names()}
+
+
+def _formats() -> dict[str, str]:
+    from qsparse_export.loader import FORMATS
+
+    return dict(FORMATS)
+
+
+def _passes() -> dict[str, str]:
+    from qsparse_export.passes import PASSES
+    from qsparse_export.passes.base import pass_class
+
+    return {name: (pass_class(name).__doc__ or "").strip().splitlines()[0] for name in PASSES}

@@ -1,0 +1,190 @@
+"""nn.Module -> ir.Model: torch.onnx with our ops left whole, and weights that are read only when the file is written."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from qsparse_export.errors import ExportError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+    from qsparse_export.config import ModelConfig
+    from qsparse_export.loader import Program
+    from qsparse_export.weights import WeightSource
+
+OPSET = 23
+
+
+def decoder_graph(config: ModelConfig, weights: WeightSource, dtype: torch.dtype) -> ir.Model:
+    """The graph of a decoder with dynamic batch, sequence and past, and onnxruntime-genai's names.
+
+    Inputs: input_ids, position_ids int64 [B, S], attention_mask int64 [B, P+S], past_key_values.%d.key/value ``dtype``
+    [B, kv_heads, P, head_dim]. Outputs: logits ``dtype`` [B, S, vocab], present.%d.key/value [B, kv_heads, P+S, head_dim].
+    No weight is read: each initialiser is lazy, and packed when it is written. Raises ExportError when torch.onnx fails.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from qsparse_export.nn.decoder import Decoder
+    from qsparse_export.nn.deploy import deploy
+
+    with torch.device("meta"):
+        module = deploy(Decoder(config).to(dtype)).eval()
+    with FakeTensorMode():
+        module.to_empty(device="cpu")
+        inputs, shapes = _example_inputs(config, dtype)
+        names_in, names_out = _tensor_names(config)
+        graph = _torch_onnx(module, inputs, shapes, names_in, names_out)
+    _name_dimensions(graph)
+    _attach_weights(graph, module, weights, dtype)
+    return graph
+
+
+def module_graph(program: Program) -> ir.Model:
+    """The graph of any module of tensors (its Q-Sparse layers deployed) or exported program, weights in memory."""
+    import torch
+
+    from qsparse_export.nn.deploy import deploy
+
+    module = program.module
+    if isinstance(module, torch.nn.Module):
+        module = deploy(module).eval()
+    return _torch_onnx(module, program.example_inputs, program.dynamic_shapes, None, None)
+
+
+def _example_inputs(config: ModelConfig, dtype: torch.dtype) -> tuple[tuple[Any, ...], Any]:
+    import torch
+    from torch.export import Dim
+
+    batch, sequence, past = 2, 3, 5  # distinct and above 1: torch specialises 0 and 1
+    cache = (batch, config.kv_heads, past, config.head_dim)
+    pairs = [(torch.zeros(cache, dtype=dtype), torch.zeros(cache, dtype=dtype)) for _ in range(config.layers)]
+    ids = torch.zeros(batch, sequence, dtype=torch.int64)
+    mask = torch.ones(batch, past + sequence, dtype=torch.int64)
+    dims = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    kv = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC}
+    return (ids, mask, ids, pairs), (dims, dims, dims, [(kv, kv)] * config.layers)
+
+
+def _tensor_names(config: ModelConfig) -> tuple[list[str], list[str]]:
+    def cache(prefix: str) -> list[str]:
+        return [f"{prefix}.{i}.{part}" for i in range(config.layers) for part in ("key", "value")]
+
+    return ["input_ids", "attention_mask", "position_ids", *cache("past_key_values")], ["logits", *cache("present")]
+
+
+def _name_dimensions(graph: ir.Model) -> None:
+    """Gives the symbolic dimensions of inputs and outputs the names that people read: batch, sequence, past, total."""
+    import onnx_ir
+
+    by_input = {
+        "input_ids": ("batch", "sequence"),
+        "position_ids": ("batch", "sequence"),
+        "attention_mask": ("batch", "total"),
+        "logits": ("batch", "sequence", None),
+    }
+    renamed = {}
+    for value in (*graph.graph.inputs, *graph.graph.outputs):
+        name = value.name or ""
+        length = "past" if name.startswith("past_key_values.") else "total"
+        wanted = by_input.get(name, ("batch", None, length, None))
+        assert value.shape is not None
+        for axis, dim in enumerate(wanted):
+            if dim is not None and isinstance(value.shape[axis], onnx_ir.SymbolicDim):
+                renamed[str(value.shape[axis])] = dim
+        value.shape = onnx_ir.Shape([dim if dim is not None else value.shape[axis] for axis, dim in enumerate(wanted)])
+    for node in graph.graph.all_nodes():
+        for output in node.outputs:
+            if output.shape is not None and output not in graph.graph.outputs:
+                output.shape = onnx_ir.Shape([renamed.get(str(d), d) for d in output.shape])
+
+
+def _torch_onnx(
+    module: torch.nn.Module | torch.export.ExportedProgram,
+    inputs: tuple[Any, ...],
+    dynamic_shapes: Any,
+    input_names: list[str] | None,
+    output_names: list[str] | None,
+) -> ir.Model:
+    import torch
+
+    from qsparse_export import ops
+
+    ops.register()
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                module,
+                inputs,
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=dynamic_shapes,
+                input_names=input_names,
+                output_names=output_names,
+                custom_translation_table=ops.translation_table(),
+                optimize=False,  # would read every weight
+                verbose=False,
+            )
+    except (torch.onnx.OnnxExporterError, RuntimeError, TypeError) as error:
+        raise ExportError(
+            f"torch.onnx could not export {type(module).__name__}: {error}\n"
+            "expected a module whose forward takes and returns tensors and whose control flow does not depend on data"
+        ) from error
+    assert program is not None
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns about its own internals; what goes wrong is raised, the rest is noise for our users."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _attach_weights(graph: ir.Model, module: torch.nn.Module, weights: WeightSource, dtype: torch.dtype) -> None:
+    """Replaces the fake initialisers of ``graph`` by lazy ones that read and pack on demand."""
+    import onnx_ir
+
+    state: Mapping[str, torch.Tensor] = module.state_dict(keep_vars=True)
+    for name, value in graph.graph.initializers.items():
+        if name not in state:
+            continue
+        tensor = state[name]
+        lazy = onnx_ir.LazyTensor(
+            _reader(name, weights, tensor.dtype),
+            dtype=onnx_ir.DataType(_ONNX_DTYPES[str(tensor.dtype)]),
+            shape=onnx_ir.Shape(tensor.shape),
+            cache=False,
+            name=name,
+        )
+        value.const_value = lazy
+
+
+_ONNX_DTYPES = {"torch.float32": 1, "torch.uint8": 2, "torch.int64": 7, "torch.float16": 10}
+
+
+def _reader(name: str, weights: WeightSource, dtype: torch.dtype) -> Any:
+    def read() -> ir.TensorProtocol:
+        import onnx_ir
+
+        from qsparse_export.nn.deploy import deployed_tensor
+
+        tensor = deployed_tensor(name, weights)
+        if tensor.dtype != dtype and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        return onnx_ir.Tensor(tensor.contiguous().numpy(), name=name)
+
+    return read

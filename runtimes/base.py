@@ -1,0 +1,61 @@
+"""The contract of a runtime: it compiles a graph into files of a bundle, and opens such a bundle to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from qsparse_export.targets.target import Target
+
+NativeCalls = dict[str, dict[str, int]]
+"""Op name to kernel variant to number of calls: which native kernels ran, and how often."""
+
+
+def subtract_calls(after: NativeCalls, before: NativeCalls) -> NativeCalls:
+    """Calls that were counted in ``after`` and not yet in ``before``; ops and variants without any are left out."""
+    calls: NativeCalls = {}
+    for op, variants in after.items():
+        for variant, count in variants.items():
+            new = count - before.get(op, {}).get(variant, 0)
+            if new:
+                calls.setdefault(op, {})[variant] = new
+    return calls
+
+
+class Session(Protocol):
+    """A compiled model, ready to run. Tensors are the runtime's own; ``to_numpy`` reads one."""
+
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs once. ``feeds`` are NumPy arrays or tensors that an earlier run returned (a KV cache is not copied)."""
+        ...
+
+    def to_numpy(self, tensor: Any) -> Any:
+        """The values of a tensor that ``run`` returned, as a NumPy array."""
+        ...
+
+    def native_calls(self) -> NativeCalls:
+        """Native kernel calls since this session was opened; empty when it runs function bodies."""
+        ...
+
+
+class Runtime(Protocol):
+    """One way to run a graph; ``name`` is what ``--runtime`` takes."""
+
+    name: str
+
+    def compile(self, model: ir.Model, target: Target, folder: Path, *, native: bool) -> tuple[str, ...]:
+        """Writes what this runtime needs into ``folder``; returns the names of the files written."""
+        ...
+
+    def open(self, folder: Path, *, threads: int | None, native: bool, taps: Sequence[str] = ()) -> Session:
+        """Opens what :meth:`compile` wrote; ``native=False`` runs the function bodies instead of the kernels.
+
+        ``taps`` are inner values of the graph that are made outputs too, to find where a model diverges.
+        """
+        ...

@@ -1,0 +1,52 @@
+"""genai_config.json: what onnxruntime-genai must know to run the bundle as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def genai_config(model: Mapping[str, Any], graph: str, library: str | None) -> dict[str, Any]:
+    """The configuration for onnxruntime-genai 0.18; ``model`` is a ModelConfig as a dict.
+
+    ``library`` is the file name of the kernel library inside the bundle, or None for a portable bundle. Unknown keys are
+    errors for genai, so that nothing of our own stands here.
+    """
+    session: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
+    if library:
+        session["custom_ops_library"] = library
+    eos = list(model["eos_token_ids"]) or [0]
+    config: dict[str, Any] = {
+        "model": {
+            "type": "llama",  # one of genai's own list; it selects the decoder loop, not the architecture
+            "vocab_size": model["vocab_size"],
+            "context_length": model["max_positions"],
+            "eos_token_id": eos if len(eos) > 1 else eos[0],
+            "pad_token_id": eos[0],
+            "decoder": {
+                "session_options": session,
+                "filename": graph,
+                "head_size": model["head_dim"],
+                "hidden_size": model["hidden_size"],
+                "num_attention_heads": model["heads"],
+                "num_hidden_layers": model["layers"],
+                "num_key_value_heads": model["kv_heads"],
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {"max_length": model["max_positions"], "do_sample": False, "past_present_share_buffer": False},
+    }
+    if model["bos_token_id"] is not None:
+        config["model"]["bos_token_id"] = model["bos_token_id"]
+    return config

@@ -1,0 +1,125 @@
+"""ONNX Runtime on CPU: the graph as it is, with our custom-op library beside it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from qsparse_export.runtimes.base import NativeCalls, subtract_calls
+from qsparse_export.runtimes.ort import library
+
+from qsparse_export.errors import BundleError, TargetError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import onnxruntime
+    from qsparse_export.targets.target import Target
+
+GRAPH = "model.onnx"
+WEIGHTS = "model.onnx.data"
+
+
+@dataclass(frozen=True)
+class OrtRuntime:
+    """Compiles to ``model.onnx`` + ``model.onnx.data`` (+ the kernel library); runs them on the CPU provider."""
+
+    name: str = "ort"
+
+    def compile(self, model: ir.Model, target: Target, folder: Path, *, native: bool) -> tuple[str, ...]:
+        """Writes the graph, its weights as one external file, and the kernel library when ``native``.
+
+        Raises TargetError when there is no library for ``target``.
+        """
+        from qsparse_export.runtimes.ort.graph_file import write_graph
+
+        files = [*write_graph(model, folder, GRAPH, WEIGHTS)]
+        if native:
+            files.append(_copy_library(target, folder))
+        return tuple(files)
+
+    def open(self, folder: Path, *, threads: int | None, native: bool, taps: Sequence[str] = ()) -> OrtSession:
+        """Loads ``folder/model.onnx``; with ``native`` the *installed* kernel library is registered.
+
+        The library inside a bundle is for other programs to embed: this one never loads code that a model brings.
+        """
+        if not taps:
+            return OrtSession(folder / GRAPH, threads=threads, native=native)
+        tapped = folder / f"tapped-{GRAPH}"  # beside the weights, since external data is relative to the graph
+        try:
+            _add_outputs(folder / GRAPH, tapped, taps)
+            return OrtSession(tapped, threads=threads, native=native)
+        finally:
+            tapped.unlink(missing_ok=True)
+
+
+def _add_outputs(graph: Path, tapped: Path, values: Sequence[str]) -> None:
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
+    known = {value.name: value for value in model.graph.value_info}
+    model.graph.output.extend(known[name] for name in values)
+    onnx.save(model, tapped)
+
+
+def _copy_library(target: Target, folder: Path) -> str:
+    from qsparse_export.targets.detect import host
+
+    here = host()
+    if (target.arch, target.system) != (here.arch, here.system):
+        raise TargetError(
+            f"target {target.name} is {target.arch} {target.system}, and this installation holds kernels for "
+            f"{here.arch} {here.system} only; export on such a machine, or with --portable to run the function bodies"
+        )
+    path = library.library_path()
+    shutil.copyfile(path, folder / path.name)
+    return path.name
+
+
+class OrtSession:
+    """An ``onnxruntime.InferenceSession`` whose tensors stay in the runtime between runs."""
+
+    def __init__(self, graph: Path, *, threads: int | None, native: bool) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        # A thread that spins between tokens steals the core that the next kernel needs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0" if threads == 1 else "1")
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        if native:
+            options.register_custom_ops_library(str(library.library_path()))
+        try:
+            self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises a class per status code, without a common base of their own
+            raise BundleError(f"ONNX Runtime {onnxruntime.__version__} refused {graph.name}: {error}") from error
+        self.input_names = tuple(value.name for value in self._session.get_inputs())
+        self.output_names = tuple(value.name for value in self._session.get_outputs())
+        self.input_types = {value.name: value.type for value in self._session.get_inputs()}
+        self._before = library.counters() if native else None
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, onnxruntime.OrtValue]:
+        """See :class:`qsparse_export.runtimes.base.Session`."""
+        import onnxruntime
+
+        values = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+            if isinstance(value, np.ndarray)
+            else value
+            for name, value in feeds.items()
+        }
+        outputs = self._session.run_with_ort_values(list(self.output_names), values)
+        return dict(zip(self.output_names, outputs, strict=True))
+
+    def to_numpy(self, tensor: onnxruntime.OrtValue) -> np.ndarray:
+        """See :class:`qsparse_export.runtimes.base.Session`."""
+        return tensor.numpy()
+
+    def native_calls(self) -> NativeCalls:
+        """See :class:`qsparse_export.runtimes.base.Session`; counts of the whole process since this session opened."""
+        return {} if self._before is None else subtract_calls(library.counters(), self._before)
