@@ -104,6 +104,7 @@ class ModelConfig:
     mlp_bias: bool = False
     sub_norms: bool = False
     linear_norm: bool = False
+    linear_norm_eps: float = 1e-6
     tied_embeddings: bool = False
     quantization: Literal["none", "bitnet"] = "none"
     sparsity: tuple[SparsityRule, ...] = ()
@@ -149,5 +150,5 @@ class ModelConfig:
             if fields.get("moe"):
                 fields["moe"] = MoE(**fields["moe"])
             return ModelConfig(**fields)
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"config does not describe a model: {error}") from error
