@@ -32,23 +32,14 @@ class TokenizerFiles:
 
     files: Mapping[str, bytes | Path]
 
-    def read(self, name: str) -> bytes:
-        """The content of one file; KeyError when the model brought none of that name."""
-        content = self.files[name]
-        return content if isinstance(content, bytes) else content.read_bytes()
-
-    def write(self, folder: Path) -> list[Path]:
-        """Writes every file into ``folder``, which exists, and returns their paths."""
-        written = []
-        for name in self.files:
-            path = folder / name
-            path.write_bytes(self.read(name))
-            written.append(path)
-        return written
-
-    def json(self, name: str) -> dict[str, Any]:
-        """A JSON file as a dict, empty when it did not come along; CheckpointError when it is not a JSON object."""
-        return parse_json_object(self.read(name), name) if name in self.files else {}
+    def read(self) -> dict[str, bytes]:
+        """The content of every file by its name; CheckpointError when one can no longer be read."""
+        try:
+            return {
+                n: content if isinstance(content, bytes) else content.read_bytes() for n, content in self.files.items()
+            }
+        except OSError as error:
+            raise CheckpointError(f"the tokenizer file {error.filename} cannot be read: {error.strerror}") from error
 
 
 def parse_json_object(text: bytes, source: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from qsparse_export.checkpoints.model import Model, model_name
 from qsparse_export.errors import CheckpointError
-from qsparse_export.weights import StateDict
 
 
 def read_exported_program(path: Path, *, trust: bool) -> Model:
@@ -32,13 +31,4 @@ def read_exported_program(path: Path, *, trust: bool) -> Model:
             f"{path} cannot be loaded as an exported program ({reason}): it is damaged, was written by another torch than "
             f"{torch.__version__}, or uses custom operators of a library that is not imported"
         ) from error
-    tensors = {**program.state_dict, **{n: t for n, t in program.constants.items() if isinstance(t, torch.Tensor)}}
-    return Model(
-        name=model_name(path),
-        config=None,
-        weights=StateDict(tensors),
-        tokenizer=None,
-        source_format="pt2",
-        source=(path,),
-        program=program,
-    )
+    return Model.of_program(model_name(path), program, (path,))

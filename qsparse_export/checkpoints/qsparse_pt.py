@@ -20,7 +20,7 @@ from qsparse_export.checkpoints.zip_files import read_pickle
 from qsparse_export.config import ModelConfig
 from qsparse_export.errors import CheckpointError
 from qsparse_export.tokenizer import MOST_FILE_BYTES, TOKENIZER_FILES, TokenizerFiles
-from qsparse_export.weights import StateDict, require_finite
+from qsparse_export.weights import StateDict
 
 if TYPE_CHECKING:
     import torch
@@ -46,11 +46,11 @@ def save(
     path: str | Path,
     tokenizer: TokenizerFiles | None = None,
 ) -> Path:
-    """Writes a checkpoint that :func:`qsparse_export.load.load` reads, atomically, and returns its path.
+    """Writes a checkpoint that :func:`qsparse_export.load` reads, atomically, and returns its path.
 
     ``model`` is a decoder or its ``state_dict()``: floating-point tensors by Hugging Face names, linears [N, K]. With
     ``config.tied_embeddings`` a ``lm_head.weight`` is left out. Raises CheckpointError, and writes nothing, when the
-    tensors are not those that ``config`` implies or hold NaN or Inf.
+    tensors are not those that ``config`` implies. NaN and Inf are saved, and refused when the model is exported.
     """
     import torch
 
@@ -62,7 +62,6 @@ def save(
     check_tensors({name: tuple(tensor.shape) for name, tensor in state.items()}, config, "the model to save")
     for name, tensor in state.items():
         _require_plain(name, tensor, "the model to save")
-        require_finite(name, tensor)
     content: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -71,9 +70,9 @@ def save(
     }
     if tokenizer is not None:
         content["tokenizer"] = {
-            name: torch.frombuffer(bytearray(tokenizer.read(name)), dtype=torch.uint8)
-            for name in sorted(tokenizer.files)
-            if tokenizer.read(name)
+            name: torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            for name, text in sorted(tokenizer.read().items())
+            if text
         }
     _write_atomically(content, path)
     return path
@@ -129,7 +128,7 @@ def read_qsparse_pt(path: Path) -> Model:
     if unknown or not isinstance(plain, dict) or not isinstance(state, dict):
         raise CheckpointError(
             f"{path} has the keys {', '.join(map(str, content))}; expected {', '.join(_KEYS)}, with dicts under config and "
-            "state_dict: write it with qsparse_export.load.save"
+            "state_dict: write it with qsparse_export.save"
         )
     config = ModelConfig.from_dict(plain)
     check_config(config, str(path))
@@ -172,7 +171,7 @@ def refuse_pickled_classes(path: Path) -> None:
         raise CheckpointError(
             f"{path} holds pickled Python objects ({', '.join(refused[:8])}{rest}), and loading those could run any code; "
             "expected only plain dicts, text, numbers and tensors: in the program that has the model, call "
-            "qsparse_export.load.save(model, config, path), or save_pretrained(...) of transformers"
+            "qsparse_export.save(model, config, path), or save_pretrained(...) of transformers"
         )
 
 
@@ -194,13 +193,13 @@ def _not_ours(path: Path, content: object) -> str:
     if isinstance(content, dict) and content and all(isinstance(value, torch.Tensor) for value in content.values()):
         return (
             f"{path} is a bare state dict of {len(content)} tensors (the first is {next(iter(content))!r}) and says nothing "
-            "of the model's shape; write it with qsparse_export.load.save(state_dict, ModelConfig(...), path), or put it "
+            "of the model's shape; write it with qsparse_export.save(state_dict, ModelConfig(...), path), or put it "
             "beside its config.json as model.safetensors"
         )
     keys = f"a dict with the keys {', '.join(map(str, list(content)[:6]))}" if isinstance(content, dict) else "no dict"
     return (
         f"{path} holds {keys}; expected format {FORMAT!r}, version, config and state_dict: "
-        "write it with qsparse_export.load.save"
+        "write it with qsparse_export.save"
     )
 
 

@@ -114,7 +114,7 @@ def _refuse_without_weights(folder: Path) -> Any:
         raise CheckpointError(
             f"{folder} holds its weights as pickles ({', '.join(pickles[:3])}), which can run code when they are loaded; "
             "expected safetensors: convert with transformers' AutoModelForCausalLM.from_pretrained(...)"
-            ".save_pretrained(..., safe_serialization=True), or name a .pt file written by qsparse_export.load.save"
+            ".save_pretrained(..., safe_serialization=True), or name a .pt file written by qsparse_export.save"
         )
     raise CheckpointError(
         f"{folder} has a configuration but no weights; expected {SINGLE_FILE} or {INDEX_FILE} with its shards: "

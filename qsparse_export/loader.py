@@ -12,7 +12,7 @@ from pathlib import Path
 from qsparse_export.checkpoints.expected import block_linears
 from qsparse_export.checkpoints.exported_program import read_exported_program
 from qsparse_export.checkpoints.gguf_model import read_gguf
-from qsparse_export.checkpoints.model import Model
+from qsparse_export.checkpoints.model import Model, Program
 from qsparse_export.checkpoints.qsparse_pt import read_qsparse_pt, save
 from qsparse_export.checkpoints.shapes import PREFIX, read_shape
 from qsparse_export.checkpoints.transformers_folder import read_transformers_folder
@@ -21,10 +21,10 @@ from qsparse_export.config import SparsityRule
 from qsparse_export.errors import CheckpointError, UsageError, near_names
 from qsparse_export.sparsity import with_sparsity
 
-__all__ = ["FORMATS", "Model", "load", "save"]
+__all__ = ["FORMATS", "Model", "Program", "load", "save"]
 
 FORMATS = {
-    "qsparse-pt": "a .pt file of format, version, config and state_dict, written by qsparse_export.load.save",
+    "qsparse-pt": "a .pt file of format, version, config and state_dict, written by qsparse_export.save",
     "transformers": "a folder with config.json and safetensors: Llama, Mistral, Qwen2, BitNet",
     "gguf": "a GGUF file of the llama or qwen2 architecture",
     "pt2": "an exported program of torch.export.save; needs --trust",
@@ -53,7 +53,7 @@ def load(
         if sparsity:
             raise UsageError(
                 f"{path} is an exported program, whose graph cannot be sparsified any more: call "
-                "qsparse_export.nn.sparsify on the module before torch.export, and leave --sparse-ratio out"
+                "qsparse_export.sparsify on the module before torch.export, and leave --sparse-ratio out"
             )
         return model
     config = with_sparsity(model.config, sparsity, block_linears(model.config), override=override)
@@ -89,7 +89,7 @@ def _read_archive(path: Path, *, trust: bool) -> Model:
     if kind == "torchscript":
         raise CheckpointError(
             f"{path} is a TorchScript archive, which holds compiled code and not a model that can be exported; expected the "
-            "weights: in the program that has the model, call qsparse_export.load.save(model, config, path)"
+            "weights: in the program that has the model, call qsparse_export.save(model, config, path)"
         )
     raise CheckpointError(f"{path} is a zip archive without a PyTorch model in it; {_EXPECTED}")
 
@@ -115,7 +115,7 @@ def _what_else(start: bytes) -> str:
     if start[0] == 0x80 and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return (
             "is a bare pickle (or a torch.save file from before PyTorch 1.6), and loading it could run any code; expected "
-            "tensors only: in the program that has the model, call qsparse_export.load.save(model, config, path)"
+            "tensors only: in the program that has the model, call qsparse_export.save(model, config, path)"
         )
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 40:
         return (
