@@ -29,6 +29,7 @@ FORMAT = "qsparse-export"
 VERSION = 1
 _KEYS = ("format", "version", "config", "state_dict", "tokenizer")
 _MOST_PICKLE_BYTES = 64 << 20
+_PICKLE_PROTOCOL = 2
 _TIED_HEAD = "lm_head.weight"
 # All that torch.save writes for dicts of tensors. weights_only allows more, such as bytearray(10**12).
 _ALLOWED_GLOBALS = frozenset(
@@ -163,6 +164,8 @@ def refuse_pickled_classes(path: Path) -> None:
                 found[" ".join(texts[-2:])] = None
             elif "UNICODE" in opcode.name:
                 texts.append(str(argument))
+            elif opcode.name == "PROTO" and argument != _PICKLE_PROTOCOL:
+                raise ValueError(f"pickle protocol {argument}, where torch.save writes {_PICKLE_PROTOCOL}")
     except Exception as error:  # pickletools raises ValueError, UnicodeDecodeError, struct.error, ... on damage
         raise CheckpointError(f"{path}: data.pkl is damaged ({error}): copy or download the file again") from error
     refused = [name.replace(" ", ".") for name in found if name not in _ALLOWED_GLOBALS]

@@ -12,10 +12,10 @@ ArchiveKind = Literal["torch-save", "torchscript", "pt2", "unknown"]
 
 
 def archive_kind(path: Path) -> ArchiveKind:
-    """What the archive's member names say that it is; CheckpointError when it is truncated, damaged or compressed.
+    """What the archive's member names say that it is; CheckpointError when it is truncated or damaged.
 
-    PyTorch stores all members uncompressed, which mapping them into memory needs; a compressed one is refused (it
-    could also grow without bound).
+    torch.save stores all members uncompressed, which mapping them into memory needs; one with compressed members, which
+    could grow without bound, is refused.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -25,6 +25,13 @@ def archive_kind(path: Path) -> ArchiveKind:
             f"{path} begins like a zip archive (torch.save, .pt2) and is not a whole one ({error}): "
             "it is truncated or damaged, copy or download it again"
         ) from error
+    names = {member.filename.partition("/")[2] for member in members}
+    if any(name.startswith("models/") or name == "serialized_exported_program.json" for name in names):
+        return "pt2"
+    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
+        return "torchscript"
+    if "data.pkl" not in names:
+        return "unknown"
     size = path.stat().st_size
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
@@ -32,12 +39,7 @@ def archive_kind(path: Path) -> ArchiveKind:
                 f"{path}: the archive member {member.filename!r} is compressed or larger than the file; expected members "
                 "stored as torch.save and torch.export.save store them: save the model again"
             )
-    names = {member.filename.partition("/")[2] for member in members}
-    if any(name.startswith("models/") or name == "serialized_exported_program.json" for name in names):
-        return "pt2"
-    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
-        return "torchscript"
-    return "torch-save" if "data.pkl" in names else "unknown"
+    return "torch-save"
 
 
 def read_pickle(path: Path, most_bytes: int) -> bytes:
