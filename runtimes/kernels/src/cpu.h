@@ -1,0 +1,15 @@
+// Which instruction sets this processor has and this operating system saves.
+#ifndef QSK_SRC_CPU_H_
+#define QSK_SRC_CPU_H_
+
+namespace qsk {
+
+bool cpu_has_anything();    // always true: the portable kernels
+bool cpu_has_avx2();        // AVX2, F16C and POPCNT, with YMM state
+bool cpu_has_avx512vnni();  // AVX-512 F, BW, VL, VNNI on top of it, with ZMM and mask state
+bool cpu_has_neon();
+bool cpu_has_neondot();
+
+}  // namespace qsk
+
+#endif  // QSK_SRC_CPU_H_

@@ -1,0 +1,108 @@
+// The seams between the drivers (one per op) and the kernels (one file per op and instruction set).
+//
+// Kernel files are compiled with the flags of their instruction set: they include no C++ library header with inline
+// code, or the linker could pick such a copy for a processor that lacks it.
+#ifndef QSK_SRC_KERNELS_H_
+#define QSK_SRC_KERNELS_H_
+
+#include <stdint.h>
+
+#include "qsk/variant.h"
+
+namespace qsk {
+
+struct HalfKernels {
+  void (*to_float)(const uint16_t* x, int64_t n, float* y);
+  void (*from_float)(const float* x, int64_t n, uint16_t* y);  // to nearest even
+};
+
+// Bits of +inf: a magnitude's bits above it are a NaN.
+constexpr uint32_t kInfinityBits = 0x7f800000u;
+constexpr uint32_t kMagnitudeBits = 0x7fffffffu;
+
+struct QuantizeKernels {
+  // The largest bits of |x|, 0 for n = 0. Magnitudes compare like their bits.
+  uint32_t (*largest_magnitude)(const float* x, int64_t n);
+  // q = clip(rint(inverse * x)); returns the sum of q. x is finite.
+  int32_t (*quantize)(const float* x, int64_t n, float inverse, int8_t* q);
+  // The positions and values of nonzero q, in order. Returns how many. q can be read and is zero up to the next
+  // multiple of 32 beyond n; both outputs have room for n + 32 elements.
+  int64_t (*compact)(const int8_t* q, int64_t n, int32_t* index, int8_t* value);
+};
+
+// What a selection keeps: every key above `threshold`, and the first `ties` keys that equal it. A key is the bits of
+// |x|, capped at those of +inf so that NaN ranks as +inf.
+struct TopKCut {
+  uint32_t threshold;
+  int64_t ties;
+};
+
+constexpr int64_t kSelectBytes = 4;
+constexpr int64_t kSelectSlack = 256;
+
+struct TopKKernels {
+  // 0 < k < n. Scratch: kSelectBytes per element and kSelectSlack more, aligned to 64.
+  TopKCut (*select)(const float* x, int64_t n, int64_t k, void* scratch);
+  void (*keep)(const float* x, int64_t n, TopKCut cut, float* y);
+};
+
+// The M > 1 path works on tiles: `channels` input channels times 4 * `bytes` outputs.
+constexpr int64_t kGemmTileBytes = 64;
+constexpr int64_t kGemmTileOutputs = 4 * kGemmTileBytes;
+constexpr int64_t kGemmTileChannels = 256;
+constexpr int64_t kGemmTileRows = 64;
+constexpr int64_t kGemmCodesBytes = kGemmTileOutputs * kGemmTileChannels;
+
+struct TernaryTile {
+  const uint8_t* w;      // the tile's first byte in row 0
+  int64_t row_bytes;     // stride of w
+  int64_t bytes;         // of a row in this tile: 32 or 64
+  const int32_t* index;  // the channels; `channels` entries
+  int64_t channels;      // a multiple of 4, at most kGemmTileChannels
+  const int8_t* q;       // [rows, channels], the activations of these channels
+  int64_t q_stride;
+  int64_t rows;    // at most kGemmTileRows
+  uint8_t* codes;  // workspace, kGemmCodesBytes, aligned to 64
+};
+
+struct TernaryKernels {
+  // Sums are kept for whole blocks of this many row bytes, four int32 per byte, in the kernel's own order; 32 or 64.
+  int64_t block_bytes;
+  // sums[.] += q * code over `count` channels (at most kGemvRows). The rows `next` are read soon: prefetch them.
+  void (*gemv)(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
+               const int32_t* next, int64_t next_count, int32_t* sums);
+  // sums[row * kGemmTileOutputs + .] += q * code over the tile.
+  void (*gemm)(const TernaryTile& tile, int32_t* sums);
+  // y[i] = float(sum over parts of the sums of output begin + i, less offset) * factor for i in 0..n-1. `begin` is a
+  // multiple of kGemmTileOutputs.
+  void (*finish)(const int32_t* const* parts, int64_t part_count, int64_t begin, int64_t n, int32_t offset,
+                 float factor, float* y);
+};
+
+// Channels per call of `gemv`: int16 sums of 32 x4-scaled products just fit.
+constexpr int64_t kGemvRows = 32;
+
+extern const HalfKernels half_generic, half_f16c, half_neon;
+extern const QuantizeKernels quantize_generic, quantize_avx2, quantize_neon;
+extern const TopKKernels topk_generic, topk_avx2, topk_neon;
+extern const TernaryKernels ternary_generic, ternary_avx2, ternary_avx512vnni, ternary_neon, ternary_neondot;
+
+}  // namespace qsk
+
+struct qsk_variant {
+  const char* name;
+  bool (*is_supported)();  // nullptr: not compiled for this architecture
+  const qsk::HalfKernels* half;
+  const qsk::QuantizeKernels* quantize;
+  const qsk::TopKKernels* topk;
+  const qsk::TernaryKernels* ternary;
+};
+
+namespace qsk {
+
+// `variant`, or for NULL the chosen one; an error status when there is none.
+int resolve_variant(const qsk_variant** variant);
+
+}  // namespace qsk
+
+#endif  // QSK_SRC_KERNELS_H_

@@ -1,0 +1,197 @@
+// Ternary matmul, AVX2 without VNNI.
+//
+// Codes 0..2 are the unsigned operand of maddubs, activations the signed one: the two products of a pair of channels
+// add up in an int16 lane. In one row the four outputs of a byte are four planes; the planes 1 and 3 are masked without
+// a shift, which multiplies their codes by 4, and divided exactly when a group of channels is done:
+//   2 * 128 * (2 * 4) * 16 pairs = 32768, and the positive side is below it, so 32 channels just fit.
+//
+// Order of sums: [block of 32 row bytes][h 0..3][plane p 0..3][8], where lane 4 l + i of a vector belongs to the row
+// byte j = 16 l + 4 h + i of the block, and so to the output 4 j + p: the order in which unpacklo/unpackhi leave them.
+#include <immintrin.h>
+#include <string.h>
+
+#include "kernels.h"
+
+namespace qsk {
+namespace {
+
+constexpr int64_t kBlockBytes = 32;
+constexpr int64_t kBlockSums = 4 * kBlockBytes;
+constexpr int64_t kVectorSums = 8;
+
+__m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
+void add_to(int32_t* sums, __m256i v) { store(sums, _mm256_add_epi32(load(sums), v)); }
+
+// Widens 16 int16 sums: the lower four of each half to sums[0..8), the upper four to the vector of the next h.
+void widen_add(int32_t* sums, __m256i v) {
+  const __m256i sign = _mm256_srai_epi16(v, 15);
+  add_to(sums, _mm256_unpacklo_epi16(v, sign));
+  add_to(sums + 4 * kVectorSums, _mm256_unpackhi_epi16(v, sign));
+}
+
+// sums += products of two interleaved channels' bytes: the planes 0..3, of which 1 and 3 are times 4.
+void add_planes(__m256i bytes, __m256i q, __m256i sums[4]) {
+  const __m256i low = _mm256_set1_epi8(0x03), high = _mm256_set1_epi8(0x0c);
+  const __m256i upper = _mm256_srli_epi16(bytes, 4);
+  sums[0] = _mm256_add_epi16(sums[0], _mm256_maddubs_epi16(_mm256_and_si256(bytes, low), q));
+  sums[1] = _mm256_add_epi16(sums[1], _mm256_maddubs_epi16(_mm256_and_si256(bytes, high), q));
+  sums[2] = _mm256_add_epi16(sums[2], _mm256_maddubs_epi16(_mm256_and_si256(upper, low), q));
+  sums[3] = _mm256_add_epi16(sums[3], _mm256_maddubs_epi16(_mm256_and_si256(upper, high), q));
+}
+
+void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
+          const int32_t* next, int64_t next_count, int32_t* sums) {
+  const uint8_t* rows[kGemvRows];
+  int32_t pairs[kGemvRows / 2];  // two activations, twice
+  for (int64_t i = 0; i < count; ++i) rows[i] = w + index[i] * row_bytes;
+  if (count % 2 != 0) rows[count] = rows[count - 1];  // with an activation of 0
+  const int64_t pair_count = (count + 1) / 2;
+  for (int64_t i = 0; i < pair_count; ++i) {
+    const uint32_t first = static_cast<uint8_t>(value[2 * i]);
+    const uint32_t second = 2 * i + 1 < count ? static_cast<uint8_t>(value[2 * i + 1]) : 0;
+    pairs[i] = static_cast<int32_t>((first | second << 8) * 0x10001u);
+  }
+  for (int64_t column = 0; column < row_bytes; column += kBlockBytes) {
+    if (column % 64 == 0) {
+      for (int64_t i = 0; i < next_count; ++i) {
+        _mm_prefetch(reinterpret_cast<const char*>(w + next[i] * row_bytes + column), _MM_HINT_T0);
+      }
+    }
+    __m256i lower[4], upper[4];  // of the bytes 0..7 and 8..15 of each half
+    for (int p = 0; p < 4; ++p) lower[p] = upper[p] = _mm256_setzero_si256();
+    for (int64_t i = 0; i < pair_count; ++i) {
+      const __m256i a = load(rows[2 * i] + column), b = load(rows[2 * i + 1] + column);
+      const __m256i q = _mm256_set1_epi32(pairs[i]);
+      add_planes(_mm256_unpacklo_epi8(a, b), q, lower);
+      add_planes(_mm256_unpackhi_epi8(a, b), q, upper);
+    }
+    int32_t* block = sums + column / kBlockBytes * kBlockSums;
+    for (int p = 0; p < 4; ++p) {
+      const bool times4 = p % 2 != 0;
+      widen_add(block + p * kVectorSums, times4 ? _mm256_srai_epi16(lower[p], 2) : lower[p]);
+      widen_add(block + (8 + p) * kVectorSums, times4 ? _mm256_srai_epi16(upper[p], 2) : upper[p]);
+    }
+  }
+}
+
+// Four channels' bytes as [panel of two vectors][quad of channels][two vectors]: each 32-bit lane holds the four codes
+// of one output, in the order of the sums.
+void unpack(const TernaryTile& tile) {
+  const int64_t quads = tile.channels / 4;
+  const __m256i low = _mm256_set1_epi8(0x03);
+  for (int64_t t = 0; t < quads; ++t) {
+    const uint8_t* rows[4];
+    for (int i = 0; i < 4; ++i) rows[i] = tile.w + tile.index[4 * t + i] * tile.row_bytes;
+    for (int64_t column = 0; column < tile.bytes; column += kBlockBytes) {
+      const __m256i a = load(rows[0] + column), b = load(rows[1] + column);
+      const __m256i c = load(rows[2] + column), d = load(rows[3] + column);
+      const __m256i ab0 = _mm256_unpacklo_epi8(a, b), ab1 = _mm256_unpackhi_epi8(a, b);
+      const __m256i cd0 = _mm256_unpacklo_epi8(c, d), cd1 = _mm256_unpackhi_epi8(c, d);
+      const __m256i bytes[4] = {_mm256_unpacklo_epi16(ab0, cd0), _mm256_unpackhi_epi16(ab0, cd0),
+                                _mm256_unpacklo_epi16(ab1, cd1), _mm256_unpackhi_epi16(ab1, cd1)};
+      for (int h = 0; h < 4; ++h) {
+        const int64_t panel = column / kBlockBytes * 8 + 2 * h;  // the planes 0 and 1; then 2 and 3
+        uint8_t* out = tile.codes + (panel * quads + t) * 64;
+        store(out, _mm256_and_si256(bytes[h], low));
+        store(out + 32, _mm256_and_si256(_mm256_srli_epi16(bytes[h], 2), low));
+        out += quads * 64;
+        store(out, _mm256_and_si256(_mm256_srli_epi16(bytes[h], 4), low));
+        store(out + 32, _mm256_and_si256(_mm256_srli_epi16(bytes[h], 6), low));
+      }
+    }
+  }
+}
+
+// Rows x 16 outputs over up to 64 quads: 64 pairs of products, at most 64 * 2 * 2 * 128 = 32768 below zero and less
+// above, fit an int16 lane.
+template <int Rows>
+void multiply(const uint8_t* panel, int64_t quads, const int8_t* q, int64_t q_stride, int32_t* sums) {
+  __m256i a[Rows], b[Rows];
+  for (int r = 0; r < Rows; ++r) a[r] = b[r] = _mm256_setzero_si256();
+  for (int64_t t = 0; t < quads; ++t) {
+    const __m256i codes0 = load(panel + 64 * t), codes1 = load(panel + 64 * t + 32);
+    for (int r = 0; r < Rows; ++r) {
+      int32_t four;
+      memcpy(&four, q + r * q_stride + 4 * t, sizeof four);
+      const __m256i activations = _mm256_set1_epi32(four);
+      a[r] = _mm256_add_epi16(a[r], _mm256_maddubs_epi16(codes0, activations));
+      b[r] = _mm256_add_epi16(b[r], _mm256_maddubs_epi16(codes1, activations));
+    }
+  }
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int r = 0; r < Rows; ++r) {
+    add_to(sums + r * kGemmTileOutputs, _mm256_madd_epi16(a[r], ones));
+    add_to(sums + r * kGemmTileOutputs + kVectorSums, _mm256_madd_epi16(b[r], ones));
+  }
+}
+
+void gemm(const TernaryTile& tile, int32_t* sums) {
+  static_assert(kGemmTileChannels / 4 <= 64, "int16 sums");
+  unpack(tile);
+  const int64_t quads = tile.channels / 4;
+  const int64_t panels = tile.bytes / kBlockBytes * 8;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const uint8_t* codes = tile.codes + panel * quads * 64;
+    int64_t row = 0;
+    while (row < tile.rows) {
+      const int8_t* q = tile.q + row * tile.q_stride;
+      int32_t* out = sums + row * kGemmTileOutputs + panel * 2 * kVectorSums;
+      const int64_t left = tile.rows - row;
+      if (left >= 4) {
+        multiply<4>(codes, quads, q, tile.q_stride, out);
+        row += 4;
+      } else if (left >= 2) {
+        multiply<2>(codes, quads, q, tile.q_stride, out);
+        row += 2;
+      } else {
+        multiply<1>(codes, quads, q, tile.q_stride, out);
+        row += 1;
+      }
+    }
+  }
+}
+
+// The 128 outputs of one block, in natural order.
+void finish_block(const int32_t* const* parts, int64_t part_count, int64_t begin, __m256i offset, __m256 factor,
+                  float* y) {
+  for (int h = 0; h < 4; ++h) {
+    __m256 plane[4];
+    for (int p = 0; p < 4; ++p) {
+      __m256i sum = _mm256_sub_epi32(_mm256_setzero_si256(), offset);
+      for (int64_t part = 0; part < part_count; ++part) {
+        sum = _mm256_add_epi32(sum, load(parts[part] + begin + (4 * h + p) * kVectorSums));
+      }
+      plane[p] = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), factor);
+    }
+    // Transposes 4 planes x 4 bytes within each half: out[i] has the four outputs of byte i of either half.
+    const __m256 ab0 = _mm256_unpacklo_ps(plane[0], plane[1]), ab1 = _mm256_unpackhi_ps(plane[0], plane[1]);
+    const __m256 cd0 = _mm256_unpacklo_ps(plane[2], plane[3]), cd1 = _mm256_unpackhi_ps(plane[2], plane[3]);
+    const __m256 out0 = _mm256_shuffle_ps(ab0, cd0, 0x44), out1 = _mm256_shuffle_ps(ab0, cd0, 0xee);
+    const __m256 out2 = _mm256_shuffle_ps(ab1, cd1, 0x44), out3 = _mm256_shuffle_ps(ab1, cd1, 0xee);
+    _mm256_storeu_ps(y + 16 * h, _mm256_permute2f128_ps(out0, out1, 0x20));
+    _mm256_storeu_ps(y + 16 * h + 8, _mm256_permute2f128_ps(out2, out3, 0x20));
+    _mm256_storeu_ps(y + 64 + 16 * h, _mm256_permute2f128_ps(out0, out1, 0x31));
+    _mm256_storeu_ps(y + 64 + 16 * h + 8, _mm256_permute2f128_ps(out2, out3, 0x31));
+  }
+}
+
+void finish(const int32_t* const* parts, int64_t part_count, int64_t begin, int64_t n, int32_t offset, float factor,
+            float* y) {
+  const __m256i offsets = _mm256_set1_epi32(offset);
+  const __m256 factors = _mm256_set1_ps(factor);
+  int64_t i = 0;
+  for (; i + kBlockSums <= n; i += kBlockSums) finish_block(parts, part_count, begin + i, offsets, factors, y + i);
+  if (i < n) {
+    float last[kBlockSums];
+    finish_block(parts, part_count, begin + i, offsets, factors, last);
+    memcpy(y + i, last, (n - i) * sizeof *y);
+  }
+}
+
+}  // namespace
+
+const TernaryKernels ternary_avx2 = {kBlockBytes, gemv, gemm, finish};
+
+}  // namespace qsk

@@ -1,0 +1,197 @@
+// Ternary matmul, AVX-512 with VNNI.
+//
+// dpbusd adds the four products of unsigned codes and signed activations of four channels to an int32 lane. In one row
+// the four outputs of a byte are four planes, masked without a shift, which multiplies the codes of plane p by 4^p (at
+// most 2 * 64 = 128, still an unsigned byte) and is divided exactly when a group of channels is done.
+//
+// Order of sums: [block of 64 row bytes][h 0..3][plane p 0..3][16], where lane 4 l + i of a vector belongs to the row
+// byte j = 16 l + 4 h + i of the block, and so to the output 4 j + p: the order in which unpacklo/unpackhi leave them.
+#include <string.h>
+
+#include "avx512.h"
+#include "kernels.h"
+
+namespace qsk {
+namespace {
+
+constexpr int64_t kBlockBytes = 64;
+constexpr int64_t kBlockSums = 4 * kBlockBytes;
+constexpr int64_t kVectorSums = 16;
+
+__m512i load(const void* p) { return _mm512_loadu_si512(p); }
+void store(void* p, __m512i v) { _mm512_storeu_si512(p, v); }
+void add_to(int32_t* sums, __m512i v) { store(sums, _mm512_add_epi32(load(sums), v)); }
+
+// 64 bytes, or the 32 that a row ends with.
+__m512i load_bytes(const uint8_t* p, bool is_half) {
+  return is_half ? _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) : load(p);
+}
+
+// bytes[h]: each 32-bit lane holds one row byte of four channels.
+void interleave(__m512i a, __m512i b, __m512i c, __m512i d, __m512i bytes[4]) {
+  const __m512i ab0 = _mm512_unpacklo_epi8(a, b), ab1 = _mm512_unpackhi_epi8(a, b);
+  const __m512i cd0 = _mm512_unpacklo_epi8(c, d), cd1 = _mm512_unpackhi_epi8(c, d);
+  bytes[0] = _mm512_unpacklo_epi16(ab0, cd0);
+  bytes[1] = _mm512_unpackhi_epi16(ab0, cd0);
+  bytes[2] = _mm512_unpacklo_epi16(ab1, cd1);
+  bytes[3] = _mm512_unpackhi_epi16(ab1, cd1);
+}
+
+void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
+          const int32_t* next, int64_t next_count, int32_t* sums) {
+  const uint8_t* rows[kGemvRows];
+  alignas(4) int8_t activations[kGemvRows] = {};
+  memcpy(activations, value, count);
+  const int64_t quad_count = (count + 3) / 4;
+  for (int64_t i = 0; i < 4 * quad_count; ++i) rows[i] = w + index[i < count ? i : count - 1] * row_bytes;
+  const __m512i mask0 = _mm512_set1_epi8(0x03), mask1 = _mm512_set1_epi8(0x0c), mask2 = _mm512_set1_epi8(0x30);
+  const __m512i mask3 = _mm512_set1_epi8(static_cast<char>(0xc0));
+  for (int64_t column = 0; column < row_bytes; column += kBlockBytes) {
+    for (int64_t i = 0; i < next_count; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(w + next[i] * row_bytes + column), _MM_HINT_T0);
+    }
+    const bool is_half = row_bytes - column < kBlockBytes;
+    __m512i products[4][4];  // [h][plane]
+    for (auto& planes : products) {
+      for (auto& plane : planes) plane = _mm512_setzero_si512();
+    }
+    for (int64_t i = 0; i < quad_count; ++i) {
+      int32_t four;
+      memcpy(&four, activations + 4 * i, sizeof four);
+      const __m512i q = _mm512_set1_epi32(four);
+      __m512i bytes[4];
+      interleave(load_bytes(rows[4 * i] + column, is_half), load_bytes(rows[4 * i + 1] + column, is_half),
+                 load_bytes(rows[4 * i + 2] + column, is_half), load_bytes(rows[4 * i + 3] + column, is_half), bytes);
+      for (int h = 0; h < 4; ++h) {
+        products[h][0] = _mm512_dpbusd_epi32(products[h][0], _mm512_and_si512(bytes[h], mask0), q);
+        products[h][1] = _mm512_dpbusd_epi32(products[h][1], _mm512_and_si512(bytes[h], mask1), q);
+        products[h][2] = _mm512_dpbusd_epi32(products[h][2], _mm512_and_si512(bytes[h], mask2), q);
+        products[h][3] = _mm512_dpbusd_epi32(products[h][3], _mm512_and_si512(bytes[h], mask3), q);
+      }
+    }
+    int32_t* block = sums + column / kBlockBytes * kBlockSums;
+    for (int h = 0; h < 4; ++h) {
+      add_to(block + (4 * h + 0) * kVectorSums, products[h][0]);
+      add_to(block + (4 * h + 1) * kVectorSums, _mm512_srai_epi32(products[h][1], 2));
+      add_to(block + (4 * h + 2) * kVectorSums, _mm512_srai_epi32(products[h][2], 4));
+      add_to(block + (4 * h + 3) * kVectorSums, _mm512_srai_epi32(products[h][3], 6));
+    }
+  }
+}
+
+// Four channels' bytes as [panel of two vectors][quad of channels][two vectors]: each 32-bit lane holds the four codes
+// of one output, in the order of the sums.
+void unpack(const TernaryTile& tile) {
+  const int64_t quads = tile.channels / 4;
+  const __m512i low = _mm512_set1_epi8(0x03);
+  const bool is_half = tile.bytes < kBlockBytes;
+  for (int64_t t = 0; t < quads; ++t) {
+    const uint8_t* rows[4];
+    for (int i = 0; i < 4; ++i) rows[i] = tile.w + tile.index[4 * t + i] * tile.row_bytes;
+    __m512i bytes[4];
+    interleave(load_bytes(rows[0], is_half), load_bytes(rows[1], is_half), load_bytes(rows[2], is_half),
+               load_bytes(rows[3], is_half), bytes);
+    for (int h = 0; h < 4; ++h) {
+      uint8_t* out = tile.codes + (2 * h * quads + t) * 128;
+      store(out, _mm512_and_si512(bytes[h], low));
+      store(out + 64, _mm512_and_si512(_mm512_srli_epi16(bytes[h], 2), low));
+      out += quads * 128;
+      store(out, _mm512_and_si512(_mm512_srli_epi16(bytes[h], 4), low));
+      store(out + 64, _mm512_and_si512(_mm512_srli_epi16(bytes[h], 6), low));
+    }
+  }
+}
+
+// Rows x 32 outputs.
+template <int Rows>
+void multiply(const uint8_t* panel, int64_t quads, const int8_t* q, int64_t q_stride, int32_t* sums) {
+  __m512i a[Rows], b[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    a[r] = load(sums + r * kGemmTileOutputs);
+    b[r] = load(sums + r * kGemmTileOutputs + kVectorSums);
+  }
+  for (int64_t t = 0; t < quads; ++t) {
+    const __m512i codes0 = load(panel + 128 * t), codes1 = load(panel + 128 * t + 64);
+    for (int r = 0; r < Rows; ++r) {
+      int32_t four;
+      memcpy(&four, q + r * q_stride + 4 * t, sizeof four);
+      const __m512i activations = _mm512_set1_epi32(four);
+      a[r] = _mm512_dpbusd_epi32(a[r], codes0, activations);
+      b[r] = _mm512_dpbusd_epi32(b[r], codes1, activations);
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    store(sums + r * kGemmTileOutputs, a[r]);
+    store(sums + r * kGemmTileOutputs + kVectorSums, b[r]);
+  }
+}
+
+void gemm(const TernaryTile& tile, int32_t* sums) {
+  unpack(tile);
+  const int64_t quads = tile.channels / 4;
+  for (int64_t panel = 0; panel < 8; ++panel) {
+    const uint8_t* codes = tile.codes + panel * quads * 128;
+    int64_t row = 0;
+    while (row < tile.rows) {
+      const int8_t* q = tile.q + row * tile.q_stride;
+      int32_t* out = sums + row * kGemmTileOutputs + panel * 2 * kVectorSums;
+      const int64_t left = tile.rows - row;
+      if (left >= 8) {
+        multiply<8>(codes, quads, q, tile.q_stride, out);
+        row += 8;
+      } else if (left >= 4) {
+        multiply<4>(codes, quads, q, tile.q_stride, out);
+        row += 4;
+      } else {
+        multiply<1>(codes, quads, q, tile.q_stride, out);
+        row += 1;
+      }
+    }
+  }
+}
+
+// The 256 outputs of one block, in natural order.
+void finish_block(const int32_t* const* parts, int64_t part_count, int64_t begin, __m512i offset, __m512 factor,
+                  float* y) {
+  for (int h = 0; h < 4; ++h) {
+    __m512 plane[4];
+    for (int p = 0; p < 4; ++p) {
+      __m512i sum = _mm512_sub_epi32(_mm512_setzero_si512(), offset);
+      for (int64_t part = 0; part < part_count; ++part) {
+        sum = _mm512_add_epi32(sum, load(parts[part] + begin + (4 * h + p) * kVectorSums));
+      }
+      plane[p] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), factor);
+    }
+    // Transposes 4 planes x 4 bytes within each quarter: out[i] has the four outputs of byte i of every quarter.
+    const __m512 ab0 = _mm512_unpacklo_ps(plane[0], plane[1]), ab1 = _mm512_unpackhi_ps(plane[0], plane[1]);
+    const __m512 cd0 = _mm512_unpacklo_ps(plane[2], plane[3]), cd1 = _mm512_unpackhi_ps(plane[2], plane[3]);
+    const __m512 out[4] = {_mm512_shuffle_ps(ab0, cd0, 0x44), _mm512_shuffle_ps(ab0, cd0, 0xee),
+                           _mm512_shuffle_ps(ab1, cd1, 0x44), _mm512_shuffle_ps(ab1, cd1, 0xee)};
+    for (int i = 0; i < 4; ++i) {
+      float* at = y + 16 * h + 4 * i;
+      _mm_storeu_ps(at, _mm512_castps512_ps128(out[i]));
+      _mm_storeu_ps(at + 64, _mm512_extractf32x4_ps(out[i], 1));
+      _mm_storeu_ps(at + 128, _mm512_extractf32x4_ps(out[i], 2));
+      _mm_storeu_ps(at + 192, _mm512_extractf32x4_ps(out[i], 3));
+    }
+  }
+}
+
+void finish(const int32_t* const* parts, int64_t part_count, int64_t begin, int64_t n, int32_t offset, float factor,
+            float* y) {
+  const __m512i offsets = _mm512_set1_epi32(offset);
+  const __m512 factors = _mm512_set1_ps(factor);
+  int64_t i = 0;
+  for (; i + kBlockSums <= n; i += kBlockSums) finish_block(parts, part_count, begin + i, offsets, factors, y + i);
+  if (i < n) {
+    float last[kBlockSums];
+    finish_block(parts, part_count, begin + i, offsets, factors, last);
+    memcpy(y + i, last, (n - i) * sizeof *y);
+  }
+}
+
+}  // namespace
+
+const TernaryKernels ternary_avx512vnni = {kBlockBytes, gemv, gemm, finish};
+
+}  // namespace qsk

@@ -1,0 +1,305 @@
+// The driver of TernaryMatMul: quantise, list the active channels, then
+// - few rows: one pass per row over the active channels only, which the workers share among themselves;
+// - more rows: an int8 GEMM over the channels that are active in any row, weights unpacked tile by tile.
+#include "qsk/ternary_matmul.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+#include "quantized_row.h"
+#include "work.h"
+
+namespace qsk {
+namespace {
+
+constexpr int64_t kLargestK = 8000000;         // 128 * 2 * k must fit int32
+constexpr int64_t kGemmRows = 4;               // from here on unpacking a tile pays
+constexpr int64_t kBytesPerWorker = 32 << 10;  // of weights: below that a second thread costs more than it brings
+constexpr int64_t kPieceBytes = 32 << 10;      // of weights that a worker takes at a time, at least
+constexpr int64_t kSlack = 64;                 // elements that vector stores may write past a list's end
+constexpr int64_t kFinishPiece = 8192;         // sums that one thread adds up faster than it can wake another
+
+// The active channels of a row, or of any row.
+struct Active {
+  int32_t* index;
+  int8_t* value;
+  int64_t count;
+};
+
+// Everything that a call needs, cut from the caller's scratch. Per-worker arrays have a fixed stride.
+struct Workspace {
+  float* x;   // [workers, k] rows converted from float16
+  int8_t* q;  // [m, q_stride]
+  int64_t q_stride;
+  float* gamma;    // [m]
+  int32_t* q_sum;  // [m]
+  Active active;   // one row's, or the union's
+  int32_t* sums;   // [workers, sums_stride]
+  int64_t sums_stride;
+  bool* is_filled;        // [workers] which of them had a piece
+  const int32_t** parts;  // [workers] the sums of those
+  uint8_t* codes;         // [workers, kGemmCodesBytes]
+  float* y;               // [workers, y_stride] before conversion to float16
+  int64_t y_stride;
+  int64_t bytes;  // the scratch that all of this takes
+};
+
+struct Call {
+  const qsk_variant& variant;
+  const qsk_ternary_matmul_args& args;
+  const qsk_parallel* parallel;
+  int64_t workers;
+  int64_t row_bytes;
+  Workspace work;
+};
+
+int64_t workers_for(const qsk_ternary_matmul_args& args, const qsk_parallel* parallel) {
+  const int64_t weight_bytes = args.k * qsk_ternary_row_bytes(args.n);
+  return min_of(worker_count(parallel), max_of(1, weight_bytes / kBytesPerWorker * max_of(1, args.m)));
+}
+
+bool uses_gemm(const qsk_ternary_matmul_args& args) { return args.m >= kGemmRows; }
+
+Workspace lay_out(const qsk_ternary_matmul_args& args, int64_t workers, void* base) {
+  Scratch scratch(base);
+  Workspace work = {};
+  const bool half = args.type == QSK_FLOAT16;
+  const int64_t padded_outputs = round_up(qsk_ternary_row_bytes(args.n), kGemmTileBytes) * 4;
+  work.q_stride = round_up(args.k + kSlack, 64);
+  work.x = scratch.take<float>(half ? workers * args.k : 0);
+  work.q = scratch.take<int8_t>(args.m * work.q_stride);
+  work.gamma = scratch.take<float>(args.m);
+  work.q_sum = scratch.take<int32_t>(args.m);
+  work.active.index = scratch.take<int32_t>(args.k + kSlack);
+  work.active.value = scratch.take<int8_t>(args.k + kSlack);
+  work.sums_stride = uses_gemm(args) ? kGemmTileRows * kGemmTileOutputs : padded_outputs;
+  work.sums = scratch.take<int32_t>(workers * work.sums_stride);
+  work.is_filled = scratch.take<bool>(workers);
+  work.parts = scratch.take<const int32_t*>(workers);
+  work.codes = scratch.take<uint8_t>(uses_gemm(args) ? workers * kGemmCodesBytes : 0);
+  work.y_stride = uses_gemm(args) ? kGemmTileOutputs : padded_outputs;
+  work.y = scratch.take<float>(half ? (uses_gemm(args) ? workers : 1) * work.y_stride : 0);
+  work.bytes = scratch.used();
+  return work;
+}
+
+int check(const qsk_ternary_matmul_args* args) {
+  if (args == nullptr) return QSK_NULL_ARGUMENT;
+  if (args->type != QSK_FLOAT32 && args->type != QSK_FLOAT16) return QSK_BAD_TYPE;
+  if (args->m < 0 || args->k < 0 || args->n < 0 || args->k > kLargestK || args->n > INT32_MAX) return QSK_BAD_SIZE;
+  if (args->m > INT32_MAX) return QSK_BAD_SIZE;
+  return QSK_OK;
+}
+
+void quantize(const Call& call, int64_t row, int64_t worker) {
+  const qsk_ternary_matmul_args& args = call.args;
+  const float* x;
+  if (args.type == QSK_FLOAT16) {
+    float* converted = call.work.x + worker * args.k;
+    call.variant.half->to_float(static_cast<const uint16_t*>(args.x) + row * args.k, args.k, converted);
+    x = converted;
+  } else {
+    x = static_cast<const float*>(args.x) + row * args.k;
+  }
+  int8_t* q = call.work.q + row * call.work.q_stride;
+  call.work.gamma[row] = quantize_row(*call.variant.quantize, x, args.k, q, &call.work.q_sum[row]);
+  memset(q + args.k, 0, call.work.q_stride - args.k);
+}
+
+// y[row, begin .. begin + n) from the sums of the outputs sums_begin and up; `y` is float32 scratch for float16
+// results.
+void finish(const Call& call, const int32_t* const* parts, int64_t part_count, int64_t sums_begin, int64_t row,
+            int64_t begin, int64_t n, float* y) {
+  const qsk_ternary_matmul_args& args = call.args;
+  const int64_t offset = row * args.n + begin;
+  const bool half = args.type == QSK_FLOAT16;
+  float* out = half ? y : static_cast<float*>(args.y) + offset;
+  const float gamma = call.work.gamma[row];
+  if (isnan(gamma)) {
+    for (int64_t i = 0; i < n; ++i) out[i] = NAN;
+  } else {
+    const float factor = (gamma / 127.0f) * args.scale;
+    call.variant.ternary->finish(parts, part_count, sums_begin, n, call.work.q_sum[row], factor, out);
+  }
+  if (half) call.variant.half->from_float(out, n, static_cast<uint16_t*>(args.y) + offset);
+}
+
+// Takes pieces of the active channels until none is left and adds their rows to this worker's sums.
+void add_pieces(const Call& call, const Active& active, int64_t piece_channels, Pieces& pieces, int64_t worker) {
+  int64_t piece = pieces.take();
+  if (piece < 0) return;
+  int32_t* sums = call.work.sums + worker * call.work.sums_stride;
+  memset(sums, 0, call.work.sums_stride * sizeof *sums);
+  call.work.is_filled[worker] = true;
+  while (piece >= 0) {
+    const int64_t next_piece = pieces.take();  // one ahead, so that its rows can be prefetched
+    const int64_t end = min_of(active.count, (piece + 1) * piece_channels);
+    for (int64_t begin = piece * piece_channels; begin < end; begin += kGemvRows) {
+      const int64_t count = min_of(kGemvRows, end - begin);
+      int64_t next = begin + count;
+      if (next >= end) next = next_piece >= 0 ? next_piece * piece_channels : active.count;
+      const int64_t next_count = min_of(kGemvRows, active.count - next);
+      call.variant.ternary->gemv(call.args.w, call.row_bytes, active.index + begin, active.value + begin, count,
+                                 active.index + next, next_count, sums);
+    }
+    piece = next_piece;
+  }
+}
+
+// One row: the workers share the active channels, so that each reads whole rows of weights, and their sums are added.
+void multiply_row(const Call& call, int64_t row) {
+  const Workspace& work = call.work;
+  Active active = work.active;
+  active.count = call.variant.quantize->compact(work.q + row * work.q_stride, call.args.k, active.index, active.value);
+
+  const int64_t workers = min_of(call.workers, max_of(1, active.count * call.row_bytes / kBytesPerWorker));
+  const int64_t piece_channels = workers == 1 ? round_up(max_of(1, active.count), kGemvRows)
+                                              : round_up(ceil_div(kPieceBytes, call.row_bytes), kGemvRows);
+  Pieces pieces(ceil_div(active.count, piece_channels));
+  memset(work.is_filled, 0, workers * sizeof *work.is_filled);
+  auto accumulate = [&](int64_t worker) { add_pieces(call, active, piece_channels, pieces, worker); };
+  run_workers(call.parallel, workers, accumulate);
+
+  int64_t part_count = 0;
+  for (int64_t worker = 0; worker < workers; ++worker) {
+    if (work.is_filled[worker]) work.parts[part_count++] = work.sums + worker * work.sums_stride;
+  }
+  const int64_t n = call.args.n;
+  Pieces outputs(ceil_div(n, kFinishPiece));
+  auto finish_pieces = [&](int64_t) {
+    for (int64_t piece = outputs.take(); piece >= 0; piece = outputs.take()) {
+      const int64_t begin = piece * kFinishPiece;
+      finish(call, work.parts, part_count, begin, row, begin, min_of(kFinishPiece, n - begin), work.y + begin);
+    }
+  };
+  run_workers(call.parallel, min_of(workers, ceil_div(n, kFinishPiece)), finish_pieces);
+}
+
+// Lists the channels that are active in any row and, unless that is nearly all of them, closes the gaps in q.
+Active unite(const Call& call) {
+  const Workspace& work = call.work;
+  const int64_t m = call.args.m, k = call.args.k;
+  Active active = work.active;
+  int8_t* any = active.value;  // nonzero where any row is
+  memset(any, 0, k);
+  constexpr int64_t kRowsBetweenChecks = 8;
+  bool dense = false;
+  for (int64_t row = 0; row < m && !dense; ++row) {
+    const int8_t* q = work.q + row * work.q_stride;
+    for (int64_t c = 0; c < k; ++c) any[c] |= q[c];
+    if ((row + 1) % kRowsBetweenChecks == 0 || row + 1 == m) dense = k > 0 && memchr(any, 0, k) == nullptr;
+  }
+  if (!dense) {
+    active.count = 0;
+    for (int64_t c = 0; c < k; ++c) {
+      active.index[active.count] = static_cast<int32_t>(c);
+      active.count += any[c] != 0;
+    }
+    constexpr int64_t kWorthClosing = 16;  // closing the gaps pays when at least a 16th of the channels goes
+    dense = k - active.count < k / kWorthClosing || k == active.count;
+  }
+  if (dense) {
+    active.count = k;
+    for (int64_t c = 0; c < k; ++c) active.index[c] = static_cast<int32_t>(c);
+  }
+  for (int64_t c = active.count; c % 4 != 0; ++c) active.index[c] = active.index[c - 1];  // with q = 0
+  return active;
+}
+
+void close_gaps(const Call& call, const Active& active, int64_t row) {
+  int8_t* q = call.work.q + row * call.work.q_stride;
+  for (int64_t c = 0; c < active.count; ++c) q[c] = q[active.index[c]];
+  for (int64_t c = active.count; c % 4 != 0; ++c) q[c] = 0;
+}
+
+struct Tiling {
+  int64_t columns;  // tiles over the outputs
+  int64_t rows;     // tiles over m
+  int64_t tile_rows;
+};
+
+void multiply_tile(const Call& call, const Active& active, const Tiling& tiling, int64_t position, int64_t worker) {
+  const Workspace& work = call.work;
+  const int64_t first_byte = position / tiling.rows * kGemmTileBytes;
+  const int64_t first_row = position % tiling.rows * tiling.tile_rows;
+  TernaryTile tile = {};
+  tile.w = call.args.w + first_byte;
+  tile.row_bytes = call.row_bytes;
+  tile.bytes = min_of(kGemmTileBytes, call.row_bytes - first_byte);
+  tile.q_stride = work.q_stride;
+  tile.rows = min_of(tiling.tile_rows, call.args.m - first_row);
+  tile.codes = work.codes + worker * kGemmCodesBytes;
+  int32_t* sums = work.sums + worker * work.sums_stride;
+  memset(sums, 0, tile.rows * kGemmTileOutputs * sizeof *sums);
+  for (int64_t begin = 0; begin < active.count; begin += kGemmTileChannels) {
+    tile.index = active.index + begin;
+    tile.channels = round_up(min_of(kGemmTileChannels, active.count - begin), 4);
+    tile.q = work.q + first_row * work.q_stride + begin;
+    call.variant.ternary->gemm(tile, sums);
+  }
+  const int64_t first_output = first_byte * 4;
+  const int64_t outputs = min_of(kGemmTileOutputs, call.args.n - first_output);
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const int32_t* part = sums + r * kGemmTileOutputs;
+    finish(call, &part, 1, 0, first_row + r, first_output, outputs, work.y + worker * work.y_stride);
+  }
+}
+
+void multiply_rows(const Call& call) {
+  const Active active = unite(call);
+  const int64_t m = call.args.m;
+  if (active.count < call.args.k) {
+    Pieces rows(m);
+    auto body = [&](int64_t) {
+      for (int64_t row = rows.take(); row >= 0; row = rows.take()) close_gaps(call, active, row);
+    };
+    run_workers(call.parallel, min_of(call.workers, m), body);
+  }
+  Tiling tiling;
+  tiling.columns = ceil_div(call.row_bytes, kGemmTileBytes);
+  tiling.rows = ceil_div(m, kGemmTileRows);
+  tiling.tile_rows = min_of(kGemmTileRows, round_up(ceil_div(m, tiling.rows), 4));  // of like size
+  Pieces tiles(tiling.columns * tiling.rows);
+  auto body = [&](int64_t worker) {
+    for (int64_t tile = tiles.take(); tile >= 0; tile = tiles.take()) multiply_tile(call, active, tiling, tile, worker);
+  };
+  run_workers(call.parallel, min_of(call.workers, tiling.columns * tiling.rows), body);
+}
+
+}  // namespace
+}  // namespace qsk
+
+int64_t qsk_ternary_row_bytes(int64_t n) { return qsk::round_up(n, QSK_TERNARY_TILE_OUTPUTS) / 4; }
+
+int64_t qsk_ternary_matmul_scratch_bytes(const qsk_ternary_matmul_args* args, const qsk_parallel* parallel) {
+  if (qsk::check(args) != QSK_OK) return 0;
+  return qsk::lay_out(*args, qsk::workers_for(*args, parallel), nullptr).bytes;
+}
+
+int qsk_ternary_matmul(const qsk_variant* variant, const qsk_ternary_matmul_args* args, const qsk_parallel* parallel,
+                       void* scratch, int64_t scratch_bytes) {
+  int status = qsk::check(args);
+  if (status == QSK_OK) status = qsk::resolve_variant(&variant);
+  if (status != QSK_OK) return status;
+  if (args->m == 0 || args->n == 0) return QSK_OK;
+  if (args->y == nullptr || scratch == nullptr) return QSK_NULL_ARGUMENT;
+  if (args->k > 0 && (args->x == nullptr || args->w == nullptr)) return QSK_NULL_ARGUMENT;
+  const int64_t workers = qsk::workers_for(*args, parallel);
+  const qsk::Workspace work = qsk::lay_out(*args, workers, scratch);
+  if (scratch_bytes < work.bytes) return QSK_SCRATCH_TOO_SMALL;
+  const qsk::Call call = {*variant, *args, parallel, workers, qsk_ternary_row_bytes(args->n), work};
+
+  qsk::Pieces rows(args->m);
+  auto quantize_rows = [&](int64_t worker) {
+    for (int64_t row = rows.take(); row >= 0; row = rows.take()) qsk::quantize(call, row, worker);
+  };
+  qsk::run_workers(parallel, args->m < qsk::kGemmRows ? 1 : qsk::min_of(workers, args->m), quantize_rows);
+
+  if (qsk::uses_gemm(*args)) {
+    qsk::multiply_rows(call);
+  } else {
+    for (int64_t row = 0; row < args->m; ++row) qsk::multiply_row(call, row);
+  }
+  return QSK_OK;
+}

@@ -1,0 +1,53 @@
+#include "calls.h"
+
+#include <stdio.h>
+
+#include <atomic>
+#include <string>
+
+namespace qsparse_ort {
+namespace {
+
+constexpr int64_t kMostVariants = 16;
+std::atomic<int64_t> calls[kOpCount][kMostVariants];
+
+}  // namespace
+
+const char* op_name(Op op) {
+  static const char* const names[kOpCount] = {"TopKSparsify", "TernaryMatMul"};
+  return names[op];
+}
+
+void count_call(Op op, const qsk_variant* variant) {
+  calls[op][qsk_variant_position(variant)].fetch_add(1, std::memory_order_relaxed);
+}
+
+}  // namespace qsparse_ort
+
+int64_t qsparse_ort_calls(char* json, int64_t capacity) {
+  using namespace qsparse_ort;
+  std::string text = "{";
+  for (int op = 0; op < kOpCount; ++op) {
+    std::string counts;
+    for (int64_t i = 0; i < qsk_variant_count() && i < kMostVariants; ++i) {
+      const int64_t count = calls[op][i].load(std::memory_order_relaxed);
+      if (count == 0) continue;
+      counts += counts.empty() ? "" : ", ";
+      counts += '"' + std::string(qsk_variant_name(qsk_variant_at(i))) + "\": " + std::to_string(count);
+    }
+    if (counts.empty()) continue;
+    text += text.size() > 1 ? ", " : "";
+    text += '"' + std::string(op_name(static_cast<Op>(op))) + "\": {" + counts + "}";
+  }
+  text += "}";
+  if (json != nullptr && capacity > 0) snprintf(json, static_cast<size_t>(capacity), "%s", text.c_str());
+  return static_cast<int64_t>(text.size()) + 1;
+}
+
+void qsparse_ort_reset_calls() {
+  for (auto& op : qsparse_ort::calls) {
+    for (auto& count : op) count.store(0, std::memory_order_relaxed);
+  }
+}
+
+const char* qsparse_ort_ops() { return "TopKSparsify TernaryMatMul"; }

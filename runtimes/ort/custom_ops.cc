@@ -1,0 +1,296 @@
+// The kernel library as ONNX Runtime custom ops, domain "ai.qsparse". Each op is a thin wrapper: it reads attributes
+// and checks shapes, the kernels do the rest. Semantics: runtimes/kernels/include/qsk/*.h.
+#include <mutex>
+#include <string>
+#include <vector>
+
+#define ORT_API_MANUAL_INIT
+#include "onnxruntime_cxx_api.h"
+#undef ORT_API_MANUAL_INIT
+
+#include "api.h"
+#include "calls.h"
+#include "qsk/ternary_matmul.h"
+#include "qsk/topk_sparsify.h"
+
+namespace qsparse_ort {
+namespace {
+
+constexpr char kDomain[] = "ai.qsparse";
+
+template <ONNXTensorElementDataType Type>
+constexpr int kKernelType = Type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? QSK_FLOAT16 : QSK_FLOAT32;
+
+std::string prefix(Op op) { return std::string(kDomain) + ":" + op_name(op) + ": "; }
+
+template <typename Data>
+OrtStatus* input_data(const OrtApi& api, const OrtKernelContext* context, size_t position, const Data** data,
+                      Shape* shape) {
+  const OrtValue* value = nullptr;
+  QSPARSE_RETURN_IF_ERROR(api.KernelContext_GetInput(context, position, &value));
+  void* raw = nullptr;  // the API has no read-only access
+  QSPARSE_RETURN_IF_ERROR(api.GetTensorMutableData(const_cast<OrtValue*>(value), &raw));
+  *data = static_cast<const Data*>(raw);
+  return shape == nullptr ? nullptr : shape_of(api, value, shape);
+}
+
+OrtStatus* output_data(const OrtApi& api, OrtKernelContext* context, const Shape& shape, void** data) {
+  OrtValue* value = nullptr;
+  QSPARSE_RETURN_IF_ERROR(api.KernelContext_GetOutput(context, 0, shape.dims, shape.rank, &value));
+  return api.GetTensorMutableData(value, data);
+}
+
+// What every kernel here has.
+struct Kernel {
+  Kernel(const OrtApi& ort_api, Op kernel_op) : api(ort_api), op(kernel_op) {}
+  OrtStatus* choose_variant() { return kernel_error(api, op_name(op), qsk_variant_choose(&variant)); }
+  const OrtApi& api;
+  const Op op;
+  const qsk_variant* variant = nullptr;
+};
+
+template <ONNXTensorElementDataType Type>
+struct TopKSparsifyKernel : Kernel {
+  explicit TopKSparsifyKernel(const OrtApi& ort_api) : Kernel(ort_api, kTopKSparsify) {}
+
+  OrtStatus* init(const OrtKernelInfo* info) {
+    QSPARSE_RETURN_IF_ERROR(choose_variant());
+    QSPARSE_RETURN_IF_ERROR(read_int(api, info, op_name(op), "k", &k));
+    QSPARSE_RETURN_IF_ERROR(read_int(api, info, op_name(op), "block", &block));
+    std::string rescale;
+    QSPARSE_RETURN_IF_ERROR(read_string(api, info, op_name(op), "rescale", &rescale));
+    if (rescale != "none" && rescale != "l2") {
+      return error(api, prefix(op) + "rescale is \"" + rescale + "\"; expected \"none\" or \"l2\"");
+    }
+    rescale_l2 = rescale == "l2";
+    if (block < 0) return error(api, prefix(op) + "block is " + std::to_string(block) + "; expected 0 or more");
+    if (k < 0 || (block > 0 && k > block)) {
+      return error(api, prefix(op) + "k is " + std::to_string(k) + "; expected 0.." +
+                            (block > 0 ? std::to_string(block) + " (the block)" : "width of x"));
+    }
+    return nullptr;
+  }
+
+  OrtStatusPtr ComputeV2(OrtKernelContext* context) {
+    const void* x = nullptr;
+    Shape shape;
+    QSPARSE_RETURN_IF_ERROR(input_data(api, context, 0, &x, &shape));
+    if (shape.rank == 0) return error(api, prefix(op) + "x is a scalar; expected [..., K]");
+    const int64_t width = shape.dims[shape.rank - 1];
+    if (block == 0 && k > width) {
+      return error(api, prefix(op) + "k is " + std::to_string(k) + " but x is " + to_string(shape) + "; expected 0.." +
+                            std::to_string(width));
+    }
+    void* y = nullptr;
+    QSPARSE_RETURN_IF_ERROR(output_data(api, context, shape, &y));
+    const int64_t rows = width > 0 ? shape.elements / width : 0;
+    const qsk_topk_sparsify_args args = {kKernelType<Type>, x, y, rows, width, k, block, rescale_l2};
+    Pool pool(api, context);
+    const int64_t scratch_bytes = qsk_topk_sparsify_scratch_bytes(&args, pool.parallel());
+    const int status = qsk_topk_sparsify(variant, &args, pool.parallel(), thread_scratch(scratch_bytes), scratch_bytes);
+    QSPARSE_RETURN_IF_ERROR(pool.take_status());
+    count_call(op, variant);
+    return kernel_error(api, op_name(op), status);
+  }
+
+  int64_t k = 0;
+  int64_t block = 0;
+  bool rescale_l2 = false;
+};
+
+template <ONNXTensorElementDataType Type>
+struct TernaryMatMulKernel : Kernel {
+  explicit TernaryMatMulKernel(const OrtApi& ort_api) : Kernel(ort_api, kTernaryMatMul) {}
+
+  OrtStatus* init(const OrtKernelInfo* info) {
+    QSPARSE_RETURN_IF_ERROR(choose_variant());
+    QSPARSE_RETURN_IF_ERROR(read_int(api, info, op_name(op), "n", &n));
+    if (n < 0) return error(api, prefix(op) + "n is " + std::to_string(n) + "; expected 0 or more");
+    int is_constant = 0;
+    const OrtValue* weights = nullptr;
+    QSPARSE_RETURN_IF_ERROR(api.KernelInfoGetConstantInput_tensor(info, 1, &is_constant, &weights));
+    if (!is_constant) return nullptr;
+    has_constant_weights = true;
+    QSPARSE_RETURN_IF_ERROR(shape_of(api, weights, &weights_shape));
+    return check_weights();
+  }
+
+  OrtStatus* check_weights() const {
+    const int64_t row_bytes = qsk_ternary_row_bytes(n);
+    if (weights_shape.rank == 2 && weights_shape.dims[1] == row_bytes) return nullptr;
+    return error(api, prefix(op) + "w is " + to_string(weights_shape) + "; " + std::to_string(n) +
+                          " outputs take [K, " + std::to_string(row_bytes) + "]");
+  }
+
+  OrtStatusPtr ComputeV2(OrtKernelContext* context) {
+    const void* x = nullptr;
+    const uint8_t* w = nullptr;
+    const float* scale = nullptr;
+    Shape shape, scale_shape;
+    QSPARSE_RETURN_IF_ERROR(input_data(api, context, 0, &x, &shape));
+    QSPARSE_RETURN_IF_ERROR(input_data(api, context, 1, &w, has_constant_weights ? nullptr : &weights_shape));
+    QSPARSE_RETURN_IF_ERROR(input_data(api, context, 2, &scale, &scale_shape));
+    if (!has_constant_weights) QSPARSE_RETURN_IF_ERROR(check_weights());
+    if (scale_shape.elements != 1) {
+      return error(api, prefix(op) + "scale is " + to_string(scale_shape) + "; expected one element");
+    }
+    const int64_t k = weights_shape.dims[0];
+    if (shape.rank == 0 || shape.dims[shape.rank - 1] != k) {
+      return error(api, prefix(op) + "x is " + to_string(shape) + " but w is " + to_string(weights_shape) +
+                            "; expected x as [..., " + std::to_string(k) + "]");
+    }
+    int64_t m = 1;
+    for (size_t i = 0; i + 1 < shape.rank; ++i) m *= shape.dims[i];
+    shape.dims[shape.rank - 1] = n;
+    void* y = nullptr;
+    QSPARSE_RETURN_IF_ERROR(output_data(api, context, shape, &y));
+    const qsk_ternary_matmul_args args = {kKernelType<Type>, x, w, *scale, y, m, k, n};
+    Pool pool(api, context);
+    const int64_t scratch_bytes = qsk_ternary_matmul_scratch_bytes(&args, pool.parallel());
+    const int status =
+        qsk_ternary_matmul(variant, &args, pool.parallel(), thread_scratch(scratch_bytes), scratch_bytes);
+    QSPARSE_RETURN_IF_ERROR(pool.take_status());
+    count_call(op, variant);
+    return kernel_error(api, op_name(op), status);
+  }
+
+  int64_t n = 0;
+  bool has_constant_weights = false;
+  Shape weights_shape = {};
+};
+
+template <typename KernelType>
+OrtStatusPtr create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) {
+  auto* created = new (std::nothrow) KernelType(api);
+  if (created == nullptr) return api.CreateStatus(ORT_FAIL, "ai.qsparse: out of memory");
+  OrtStatus* status = created->init(info);
+  if (status != nullptr) {
+    delete created;
+    return status;
+  }
+  *kernel = created;
+  return nullptr;
+}
+
+// The output is x with its last dimension replaced by `last` unless that is negative. In C calls: the C++ wrapper of
+// API 21 to 23 throws on a symbolic dimension.
+OrtStatus* infer_like_x(const OrtApi& api, OrtShapeInferContext* context, int64_t last) {
+  OrtTensorTypeAndShapeInfo* x = nullptr;
+  QSPARSE_RETURN_IF_ERROR(api.ShapeInferContext_GetInputTypeShape(context, 0, &x));
+  size_t rank = 0;
+  QSPARSE_RETURN_IF_ERROR(api.GetDimensionsCount(x, &rank));
+  std::vector<int64_t> dims(rank);
+  std::vector<const char*> names(rank, "");
+  QSPARSE_RETURN_IF_ERROR(api.GetDimensions(x, dims.data(), rank));
+  QSPARSE_RETURN_IF_ERROR(api.GetSymbolicDimensions(x, names.data(), rank));
+  if (rank > 0 && last >= 0) {
+    dims[rank - 1] = last;
+    names[rank - 1] = "";
+  }
+  ONNXTensorElementDataType type;
+  QSPARSE_RETURN_IF_ERROR(api.GetTensorElementType(x, &type));
+  OrtTensorTypeAndShapeInfo* y = nullptr;
+  QSPARSE_RETURN_IF_ERROR(api.CreateTensorTypeAndShapeInfo(&y));
+  OrtStatus* status = api.SetTensorElementType(y, type);
+  if (status == nullptr) status = api.SetDimensions(y, dims.data(), rank);
+  if (status == nullptr) status = api.SetSymbolicDimensions(y, names.data(), rank);
+  if (status == nullptr) status = api.ShapeInferContext_SetOutputTypeShape(context, 0, y);
+  api.ReleaseTensorTypeAndShapeInfo(y);
+  return status;
+}
+
+OrtStatus* shape_attribute(const OrtApi& api, const OrtShapeInferContext* context, const char* name, int64_t* value) {
+  const OrtOpAttr* attribute = nullptr;
+  QSPARSE_RETURN_IF_ERROR(api.ShapeInferContext_GetAttribute(context, name, &attribute));
+  size_t size = 0;
+  return api.ReadOpAttr(attribute, ORT_OP_ATTR_INT, value, sizeof *value, &size);
+}
+
+const OrtApi* inference_api = nullptr;  // shape inference gets no api argument; set by RegisterCustomOps
+
+template <ONNXTensorElementDataType Type>
+struct TopKSparsify : Ort::CustomOpBase<TopKSparsify<Type>, TopKSparsifyKernel<Type>, true> {
+  TopKSparsify() {
+    this->version = kApiVersion;
+    this->InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) -> OrtStatusPtr {
+      return infer_like_x(*inference_api, context, -1);
+    };
+    this->GetMayInplace = [](int** inputs, int** outputs) -> size_t {
+      *inputs = new int[1]{0};
+      *outputs = new int[1]{0};
+      return 1;
+    };
+    this->ReleaseMayInplace = [](int* inputs, int* outputs) {
+      delete[] inputs;
+      delete[] outputs;
+    };
+  }
+  OrtStatusPtr CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const {
+    return create<TopKSparsifyKernel<Type>>(api, info, kernel);
+  }
+  const char* GetName() const { return op_name(kTopKSparsify); }
+  size_t GetInputTypeCount() const { return 1; }
+  ONNXTensorElementDataType GetInputType(size_t) const { return Type; }
+  size_t GetOutputTypeCount() const { return 1; }
+  ONNXTensorElementDataType GetOutputType(size_t) const { return Type; }
+};
+
+template <ONNXTensorElementDataType Type>
+struct TernaryMatMul : Ort::CustomOpBase<TernaryMatMul<Type>, TernaryMatMulKernel<Type>, true> {
+  TernaryMatMul() {
+    this->version = kApiVersion;
+    this->InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) -> OrtStatusPtr {
+      int64_t n = 0;
+      QSPARSE_RETURN_IF_ERROR(shape_attribute(*inference_api, context, "n", &n));
+      return infer_like_x(*inference_api, context, n);
+    };
+  }
+  OrtStatusPtr CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const {
+    return create<TernaryMatMulKernel<Type>>(api, info, kernel);
+  }
+  const char* GetName() const { return op_name(kTernaryMatMul); }
+  size_t GetInputTypeCount() const { return 3; }
+  ONNXTensorElementDataType GetInputType(size_t position) const {
+    return position == 0   ? Type
+           : position == 1 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8
+                           : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+  size_t GetOutputTypeCount() const { return 1; }
+  ONNXTensorElementDataType GetOutputType(size_t) const { return Type; }
+};
+
+std::vector<const OrtCustomOp*> all_ops() {
+  static const TopKSparsify<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT> topk_float;
+  static const TopKSparsify<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16> topk_half;
+  static const TernaryMatMul<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT> ternary_float;
+  static const TernaryMatMul<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16> ternary_half;
+  return {&topk_float, &topk_half, &ternary_float, &ternary_half};
+}
+
+// ORT keeps pointers to the domain as long as a session uses it, and does not say when that ends.
+void keep(OrtCustomOpDomain* domain) {
+  static std::mutex mutex;
+  static auto* domains = new std::vector<OrtCustomOpDomain*>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  domains->push_back(domain);
+}
+
+}  // namespace
+}  // namespace qsparse_ort
+
+extern "C" QSK_API OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+  using namespace qsparse_ort;
+  const OrtApi* api = base->GetApi(kApiVersion);
+  if (api == nullptr) {  // an error status: nullptr would mean success, and the slow function bodies would run silently
+    return base->GetApi(1)->CreateStatus(
+        ORT_NOT_IMPLEMENTED, (std::string("the ai.qsparse custom ops need ONNX Runtime 1.") +
+                              std::to_string(kApiVersion) + " or newer; this is " + base->GetVersionString())
+                                 .c_str());
+  }
+  inference_api = api;
+  OrtCustomOpDomain* domain = nullptr;
+  QSPARSE_RETURN_IF_ERROR(api->CreateCustomOpDomain(kDomain, &domain));
+  keep(domain);
+  for (const OrtCustomOp* op : all_ops()) QSPARSE_RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, op));
+  return api->AddCustomOpDomain(options, domain);
+}
