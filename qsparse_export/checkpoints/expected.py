@@ -92,7 +92,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}.{name}.weight"] = (n, k)
             if _has_bias(config, name):
                 shapes[f"{prefix}.{name}.bias"] = (n,)
-            if config.linear_norm:
+            if config.linear_norm and config.quantization == "bitnet":
                 shapes[f"{prefix}.{name}.rms_norm.weight"] = (k,)
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
         if config.moe is not None:

@@ -19,7 +19,7 @@ def member(folder: Path, name: object, most_bytes: int | None = None) -> Path:
     the folder (only Hugging Face's own cache, ``snapshots/REVISION`` with links into ``blobs``, is understood), and
     for more than ``most_bytes``.
     """
-    if not isinstance(name, str) or not name or name != Path(name).name or "\\" in name or "\0" in name:
+    if not isinstance(name, str) or name in ("", "..") or name != Path(name).name or {"\\", "\0"} & set(name):
         raise CheckpointError(
             f"{folder}: the file name {name!r} leads out of the folder; expected the plain name of a file inside it"
         )

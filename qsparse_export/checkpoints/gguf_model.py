@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,7 +58,7 @@ class GgufWeights:
     tensors: Mapping[str, GgufTensor]
     paired_heads: Mapping[str, int]
 
-    @property
+    @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name to shape."""
         return {name: tensor.shape for name, tensor in self.tensors.items()}

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from qsparse_export.checkpoints.expected import block_linears, check_config, expected_shapes
@@ -86,7 +87,7 @@ class RandomWeights:
     config: ModelConfig
     seed: int
 
-    @property
+    @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name to shape."""
         return expected_shapes(self.config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ class FolderWeights:
     plain: Mapping[str, StoredTensor]
     ternary: Mapping[str, BitNetLinear]
 
-    @property
+    @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name to logical shape; linears are [N, K] also when packed."""
         return {name: tensor.shape for name, tensor in (*self.plain.items(), *self.ternary.items())}
