@@ -88,8 +88,9 @@ def read_tensor(path: Path, tensor: GgufTensor) -> torch.Tensor:
     packed = raw.reshape(rows, -1)
     values = np.empty((rows, tensor.shape[-1]), np.float32)
     step = max(1, _CHUNK_ELEMENTS // tensor.shape[-1])
-    for row in range(0, rows, step):
-        values[row : row + step] = dequantize(packed[row : row + step], GGMLQuantizationType[tensor.kind])
+    with np.errstate(all="ignore"):  # Inf scales of a damaged file are found in the result
+        for row in range(0, rows, step):
+            values[row : row + step] = dequantize(packed[row : row + step], GGMLQuantizationType[tensor.kind])
     return torch.from_numpy(values.reshape(tensor.shape))
 
 
