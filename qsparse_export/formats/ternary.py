@@ -26,7 +26,7 @@ def pack(values: np.ndarray) -> np.ndarray:
         raise ValueError(f"values from {values.min()} to {values.max()}; ternary weights are -1, 0 or 1")
     codes = np.ones((k, row_bytes(n) * 4), np.uint8)
     codes[:, :n] = (values.T + 1).astype(np.uint8)
-    planes = codes.reshape(k, -1, 4)
+    planes = codes.reshape(k, row_bytes(n), 4)
     return planes[..., 0] | planes[..., 1] << 2 | planes[..., 2] << 4 | planes[..., 3] << 6
 
 
@@ -36,4 +36,4 @@ def unpack(packed: np.ndarray, n: int) -> np.ndarray:
     if width != row_bytes(n):
         raise ValueError(f"rows of {width} bytes; {n} outputs take {row_bytes(n)}")
     codes = packed[..., None] >> np.array([0, 2, 4, 6], np.uint8) & 3
-    return np.ascontiguousarray((codes.reshape(k, -1)[:, :n].astype(np.int8) - 1).T)
+    return np.ascontiguousarray((codes.reshape(k, 4 * width)[:, :n].astype(np.int8) - 1).T)

@@ -52,7 +52,11 @@ const Features& features() {
 }  // namespace
 
 bool cpu_has_avx2() { return features().avx2; }
+#if defined(QSK_EMULATE_AVX512)
+bool cpu_has_avx512vnni() { return features().avx2; }
+#else
 bool cpu_has_avx512vnni() { return features().avx512vnni; }
+#endif
 bool cpu_has_neon() { return false; }
 bool cpu_has_neondot() { return false; }
 

@@ -43,10 +43,11 @@ void add_planes(__m256i bytes, __m256i q, __m256i sums[4]) {
 
 void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
           const int32_t* next, int64_t next_count, int32_t* sums) {
+  if (count <= 0) return;
   const uint8_t* rows[kGemvRows];
   int32_t pairs[kGemvRows / 2];  // two activations, twice
   for (int64_t i = 0; i < count; ++i) rows[i] = w + index[i] * row_bytes;
-  if (count % 2 != 0) rows[count] = rows[count - 1];  // with an activation of 0
+  if (count % 2 != 0) rows[count] = w + index[count - 1] * row_bytes;  // with an activation of 0
   const int64_t pair_count = (count + 1) / 2;
   for (int64_t i = 0; i < pair_count; ++i) {
     const uint32_t first = static_cast<uint8_t>(value[2 * i]);

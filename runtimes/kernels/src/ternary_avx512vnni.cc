@@ -24,7 +24,8 @@ void add_to(int32_t* sums, __m512i v) { store(sums, _mm512_add_epi32(load(sums),
 
 // 64 bytes, or the 32 that a row ends with.
 __m512i load_bytes(const uint8_t* p, bool is_half) {
-  return is_half ? _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) : load(p);
+  if (!is_half) return load(p);
+  return _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 0);
 }
 
 // bytes[h]: each 32-bit lane holds one row byte of four channels.

@@ -1,0 +1,119 @@
+// Ternary matmul, Advanced SIMD without the dot product (ARMv8.0: Cortex-A53, A57, A72).
+//
+// smlal adds int8 products to int16 lanes, one channel at a time: no interleaving. In one row the four outputs of a
+// byte are four planes; plane 1 is masked without a shift, which multiplies its codes by 4, and divided exactly when a
+// group of channels is done: 8 * 128 * 32 channels = 32768 below zero, less above, just fits.
+#include "ternary_neon_finish.h"
+
+namespace qsk {
+namespace {
+
+// Widens 8 int16 sums of row bytes h, h + 1 of one plane.
+void widen_add(int32_t* sums, int16x8_t v) {
+  add_to(sums, vmovl_s16(vget_low_s16(v)));
+  add_to(sums + 16, vmovl_high_s16(v));
+}
+
+void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
+          const int32_t* next, int64_t next_count, int32_t* sums) {
+  const uint8_t* rows[kGemvRows];
+  for (int64_t i = 0; i < count; ++i) rows[i] = w + index[i] * row_bytes;
+  const uint8x16_t low = vdupq_n_u8(0x03), high = vdupq_n_u8(0x0c);
+  for (int64_t column = 0; column < row_bytes; column += kHalfBytes) {
+    if (column % 64 == 0) {
+      for (int64_t i = 0; i < next_count; ++i) __builtin_prefetch(w + next[i] * row_bytes + column);
+    }
+    int16x8_t lower[4], upper[4];  // of the bytes 0..7 and 8..15
+    for (int p = 0; p < 4; ++p) lower[p] = upper[p] = vdupq_n_s16(0);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint8x16_t bytes = vld1q_u8(rows[i] + column);
+      const uint8x16_t codes[4] = {vandq_u8(bytes, low), vandq_u8(bytes, high), vandq_u8(vshrq_n_u8(bytes, 4), low),
+                                   vshrq_n_u8(bytes, 6)};
+      const int8x16_t q = vdupq_n_s8(value[i]);
+      for (int p = 0; p < 4; ++p) {
+        lower[p] = vmlal_s8(lower[p], vreinterpret_s8_u8(vget_low_u8(codes[p])), vget_low_s8(q));
+        upper[p] = vmlal_high_s8(upper[p], vreinterpretq_s8_u8(codes[p]), q);
+      }
+    }
+    lower[1] = vshrq_n_s16(lower[1], 2);
+    upper[1] = vshrq_n_s16(upper[1], 2);
+    int32_t* half = sums + column / kHalfBytes * kHalfSums;
+    for (int p = 0; p < 4; ++p) {
+      widen_add(half + 4 * p, lower[p]);
+      widen_add(half + 32 + 4 * p, upper[p]);
+    }
+  }
+}
+
+// Codes as [half][plane][channel][16 row bytes].
+void unpack(const TernaryTile& tile) {
+  const uint8x16_t low = vdupq_n_u8(0x03);
+  const int64_t plane_bytes = tile.channels * kHalfBytes;
+  for (int64_t c = 0; c < tile.channels; ++c) {
+    const uint8_t* row = tile.w + tile.index[c] * tile.row_bytes;
+    for (int64_t column = 0; column < tile.bytes; column += kHalfBytes) {
+      const uint8x16_t bytes = vld1q_u8(row + column);
+      uint8_t* out = tile.codes + column / kHalfBytes * 4 * plane_bytes + c * kHalfBytes;
+      vst1q_u8(out, vandq_u8(bytes, low));
+      vst1q_u8(out + plane_bytes, vandq_u8(vshrq_n_u8(bytes, 2), low));
+      vst1q_u8(out + 2 * plane_bytes, vandq_u8(vshrq_n_u8(bytes, 4), low));
+      vst1q_u8(out + 3 * plane_bytes, vshrq_n_u8(bytes, 6));
+    }
+  }
+}
+
+// Rows x 16 outputs (one plane of 16 row bytes) over up to 128 channels: 2 * 128 * 128 = 32768 below zero, less above.
+constexpr int64_t kMultiplyChannels = 128;
+
+template <int Rows>
+void multiply(const uint8_t* codes, int64_t channels, const int8_t* q, int64_t q_stride, int32_t* sums) {
+  int16x8_t lower[Rows], upper[Rows];
+  for (int r = 0; r < Rows; ++r) lower[r] = upper[r] = vdupq_n_s16(0);
+  for (int64_t c = 0; c < channels; ++c) {
+    const int8x16_t bytes = vreinterpretq_s8_u8(vld1q_u8(codes + c * kHalfBytes));
+    for (int r = 0; r < Rows; ++r) {
+      const int8x16_t activation = vdupq_n_s8(q[r * q_stride + c]);
+      lower[r] = vmlal_s8(lower[r], vget_low_s8(bytes), vget_low_s8(activation));
+      upper[r] = vmlal_high_s8(upper[r], bytes, activation);
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    widen_add(sums + r * kGemmTileOutputs, lower[r]);
+    widen_add(sums + r * kGemmTileOutputs + 32, upper[r]);
+  }
+}
+
+void gemm(const TernaryTile& tile, int32_t* sums) {
+  unpack(tile);
+  const int64_t panels = tile.bytes / kHalfBytes * 4;
+  for (int64_t begin = 0; begin < tile.channels; begin += kMultiplyChannels) {
+    const int64_t left_channels = tile.channels - begin;
+    const int64_t channels = left_channels < kMultiplyChannels ? left_channels : kMultiplyChannels;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const uint8_t* codes = tile.codes + (panel * tile.channels + begin) * kHalfBytes;
+      int32_t* panel_sums = sums + panel / 4 * kHalfSums + panel % 4 * 4;
+      int64_t row = 0;
+      while (row < tile.rows) {
+        const int8_t* q = tile.q + row * tile.q_stride + begin;
+        int32_t* out = panel_sums + row * kGemmTileOutputs;
+        const int64_t left = tile.rows - row;
+        if (left >= 8) {
+          multiply<8>(codes, channels, q, tile.q_stride, out);
+          row += 8;
+        } else if (left >= 4) {
+          multiply<4>(codes, channels, q, tile.q_stride, out);
+          row += 4;
+        } else {
+          multiply<1>(codes, channels, q, tile.q_stride, out);
+          row += 1;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const TernaryKernels ternary_neon = {32, gemv, gemm, finish};
+
+}  // namespace qsk

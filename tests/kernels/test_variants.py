@@ -1,0 +1,164 @@
+"""Every variant that this machine supports, in this process, against NumPy."""
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from kernel_cases import KINDS, Quantize, Ternary, TopK, all_cases, as_type, magnitudes, ternary_weights
+from kernel_runs import Kernels
+from qsparse_export.runtimes.ort.library import open_library
+
+from qsparse_export.errors import TargetError
+
+SUPPORTED = open_library().supported
+PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@pytest.mark.parametrize("variant", SUPPORTED)
+@pytest.mark.parametrize("kind", (TopK, Quantize, Ternary))
+def test_all_cases(kernels: Kernels, variant: str, kind: type) -> None:
+    cases = [case for case in all_cases() if isinstance(case, kind)]
+    assert len(cases) > 300
+    for case in cases:
+        kernels.check(variant, case)
+
+
+def test_threads_and_variants_give_the_same_bits(kernels: Kernels) -> None:
+    rng = np.random.default_rng(3)
+    for m in (1, 3, 12, 70):
+        x = magnitudes(rng, m, 2730, "sparse")
+        weights = ternary_weights(rng, 1000, 2730, "sparse")
+        results = {
+            kernels.ternary(variant, Ternary(x, weights, 0.1, workers)).tobytes()
+            for variant in SUPPORTED
+            for workers in (1, 2, 3, 7, 64)
+        }
+        assert len(results) == 1
+
+
+def test_top_k_in_place(kernels: Kernels) -> None:
+    """y may be x, as ONNX Runtime reuses the buffer."""
+    case = TopK(magnitudes(np.random.default_rng(4), 4, 513, "ties"), 100)
+    for variant in SUPPORTED:
+        y = case.x.copy()
+        assert kernels.topk_into(variant, TopK(y, case.k), y) is y
+        case.check(y)
+
+
+def test_half_conversions_are_exact(kernels: Kernels) -> None:
+    """All 65536 halves survive, and floats between halves round to nearest even: top-k of k = width converts twice."""
+    every = np.arange(65536, dtype=np.uint16).view(np.float16)[None]
+    for variant in SUPPORTED:
+        result = kernels.topk(variant, TopK(every, 65536))
+        np.testing.assert_array_equal(result, every)
+    x = magnitudes(np.random.default_rng(5), 64, 3, "mixed").astype(np.float16)
+    weights = ternary_weights(np.random.default_rng(6), 300, 3, "normal")
+    for variant in SUPPORTED:
+        for scale in (1e-7, 1e-6, 0.01, 1.0, 300.0, 60000.0):
+            kernels.check(variant, Ternary(x, weights, scale))
+
+
+@PROPERTY
+@given(data=st.data())
+def test_top_k_properties(kernels: Kernels, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([np.float32, np.float16]))
+    shape = data.draw(st.tuples(st.integers(0, 4), st.integers(0, 70)))
+    x = data.draw(hnp.arrays(dtype, shape, elements=st.floats(width=16 if dtype == np.float16 else 32)))
+    block = data.draw(st.integers(0, 40))
+    k = data.draw(st.integers(0, block or shape[1]))
+    for variant in SUPPORTED:
+        y = kernels.topk(variant, TopK(x, k, block))
+        TopK(x, k, block).check(y)
+        again = kernels.topk(variant, TopK(y, k, block))
+        np.testing.assert_array_equal(again, y, err_msg="selecting twice changes nothing")
+
+
+@PROPERTY
+@given(
+    m=st.integers(0, 20),
+    k=st.integers(0, 600),
+    n=st.integers(0, 600),
+    density=st.sampled_from([0.0, 0.05, 0.4, 0.9, 1.0]),
+    workers=st.integers(1, 4),
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_ternary_properties(
+    kernels: Kernels, m: int, k: int, n: int, density: float, workers: int, kind: str, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    x = as_type(magnitudes(rng, m, k, kind), np.float16 if seed % 2 else np.float32)
+    x[:, rng.random(k) >= density] = 0
+    case = Ternary(x, ternary_weights(rng, n, k, kind), 0.5, workers)
+    for variant in SUPPORTED:
+        kernels.check(variant, case)
+
+
+def test_padding_of_weights_is_never_seen(kernels: Kernels) -> None:
+    """What the pad bits of a row hold changes no output."""
+    rng = np.random.default_rng(7)
+    case = Ternary(magnitudes(rng, 5, 64, "normal"), ternary_weights(rng, 130, 64, "normal"))
+    for variant in SUPPORTED:
+        case.check(kernels.ternary(variant, case, pad_byte=0xAA))
+
+
+@pytest.mark.parametrize("variant", ("axv2", "AVX2", "sse"))
+def test_unknown_variant_is_refused(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QSPARSE_VARIANT", variant)
+    with pytest.raises(TargetError, match=f"{variant} names no kernel variant; supported here: generic"):
+        open_library().chosen()
+
+
+def test_variants_of_other_processors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = open_library()
+    assert library.variants == ("generic", "avx2", "avx512vnni", "neon", "neondot")
+    for variant in set(library.variants) - set(library.supported):
+        monkeypatch.setenv("QSPARSE_VARIANT", variant)
+        with pytest.raises(TargetError, match=f"{variant} cannot run on this machine; supported here: generic"):
+            library.chosen()
+    for variant in library.supported:
+        monkeypatch.setenv("QSPARSE_VARIANT", variant)
+        assert library.chosen() == variant
+    monkeypatch.setenv("QSPARSE_VARIANT", "")
+    assert library.chosen() == library.supported[-1]
+
+
+def test_bad_arguments_have_a_status(kernels: Kernels) -> None:
+    handle = kernels.library.handle
+    handle.qsk_status_message.restype = ctypes.c_char_p
+    x = np.zeros((2, 8), np.float32)
+    assert kernels.topk_status(TopK(x, 9)) == 4
+    assert kernels.topk_status(TopK(x, -1)) == 4
+    assert kernels.topk_status(TopK(x, 5, block=4)) == 4
+    assert kernels.topk_status(TopK(x, 4, block=4)) == 0
+    assert kernels.topk_status(TopK(x, 4), scratch_bytes=0) == 5
+    assert kernels.ternary_status(Ternary(x, np.zeros((3, 8), np.int8)), scratch_bytes=64) == 5
+    assert kernels.ternary_status(Ternary(x, np.zeros((3, 8), np.int8)), k=-1) == 2
+    assert kernels.ternary_status(Ternary(x, np.zeros((3, 8), np.int8)), k=9_000_000) == 2
+    messages = [handle.qsk_status_message(status) for status in range(9)]
+    assert len(set(messages)) == 9
+
+
+def test_only_the_c_interface_is_exported() -> None:
+    path = open_library().path
+    listed = subprocess.run(
+        ["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True
+    ).stdout
+    names = {line.split()[-1] for line in listed.splitlines()}
+    assert "RegisterCustomOps" in names
+    strangers = [name for name in names if not name.startswith(("RegisterCustomOps", "qsk_", "qsparse_ort_"))]
+    assert strangers == []
+
+
+def test_loading_needs_no_onnxruntime() -> None:
+    code = "from qsparse_export.runtimes.ort.library import open_library; print(open_library().supported)"
+    done = subprocess.run([sys.executable, "-c", code + "; import sys; assert 'onnxruntime' not in sys.modules"],
+                          env=dict(os.environ), capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "generic" in done.stdout
