@@ -27,7 +27,7 @@ def attention_pattern(attention_mask: torch.Tensor, length: int, window: int | N
     visible = slots <= query
     if window is not None:
         visible = visible & (slots > query - window)
-    return (visible & attention_mask.to(torch.bool)[:, None, None, :]) | (slots == query)
+    return (visible & attention_mask.to(torch.bool).unsqueeze(1).unsqueeze(1)) | (slots == query)
 
 
 class Attention(nn.Module):

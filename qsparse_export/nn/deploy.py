@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from qsparse_export.config import ModelConfig
 from qsparse_export.errors import CheckpointError, near_names

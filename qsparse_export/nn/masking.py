@@ -14,8 +14,15 @@ from qsparse_export.ops.topk_sparsify import topk_sparsify
 class MaskedLinear(Protocol):
     """What training and deployed linears have in common."""
 
-    topk: TopK
-    rms_norm: torch.nn.Module | None
+    @property
+    def topk(self) -> TopK:
+        """The mask at its input."""
+        ...
+
+    @property
+    def rms_norm(self) -> torch.nn.Module | None:
+        """A norm of its own before the mask."""
+        ...
 
     def project(self, x: torch.Tensor, row_scale: torch.Tensor | None = None) -> torch.Tensor:
         """The product alone: x is masked already."""

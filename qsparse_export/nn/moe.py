@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -32,15 +34,16 @@ class MoEFeedForward(nn.Module):
         best, chosen = chances.topk(self.moe.experts_per_token, dim=-1)
         if self.moe.normalize:
             best = best / best.sum(-1, keepdim=True)
-        linears = [linear for expert in self.experts for linear in (expert.gate_proj, expert.up_proj)]
+        weights = torch.zeros_like(chances).scatter(-1, chosen, best)  # [tokens, experts], 0 where not chosen
+        experts = [cast(FeedForward, expert) for expert in self.experts]
+        linears = [linear for expert in experts for linear in (expert.gate_proj, expert.up_proj)]
         shared = shares_mask(linears)
         inputs = mask(tokens, linears[0].topk) if shared else tokens
-        y = torch.zeros_like(tokens)
-        for index, expert in enumerate(self.experts):
-            hit = chosen == index
-            rows = hit.any(-1).nonzero().squeeze(-1)
-            weight = (best * hit).sum(-1, keepdim=True)[rows].to(x.dtype)
-            h = inputs[rows]
+        y = torch.zeros_like(tokens, dtype=torch.float32)  # ORT's CPU ScatterElements and ScatterND add no float16
+        for expert, weight in zip(experts, weights.unbind(-1), strict=True):
+            rows = weight.nonzero().squeeze(-1)
+            h = inputs.index_select(0, rows)
             out = expert.of_masked(h, h) if shared else expert(h)
-            y = y.index_put((rows,), out * weight, accumulate=True)
-        return y.reshape(x.shape)
+            out = out.to(torch.float32) * weight.index_select(0, rows).unsqueeze(-1)
+            y = y.scatter_add(0, rows.unsqueeze(-1).expand_as(out), out)
+        return y.to(x.dtype).reshape(x.shape)

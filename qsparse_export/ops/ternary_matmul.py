@@ -150,6 +150,8 @@ def _weights_of_byte() -> str:
 # A constant w folds to its int8 [K, N] form when a session is made. MatMulInteger is fastest with uint8 activations
 # (zero point 128) and int8 weights; 255 * 1 * 2 also stays inside the int16 sums of AVX2's vpmaddubsw. The Where
 # between the two Muls also keeps ONNX Runtime 1.32 from fusing MatMulIntegerToFloat, which multiplies in another order.
+# The last Reshape changes nothing: it keeps the declared shape of y while n is not yet folded into the shapes before it,
+# since shape inference of Attention (onnx 1.23, 3-D inputs) takes a value width that is unknown for 0 and fails.
 BODY = f"""
 <domain: "ai.qsparse", opset_import: ["" : 23]>
 TernaryMatMul <n> (x, w, scale) => (y)
@@ -197,7 +199,10 @@ TernaryMatMul <n> (x, w, scale) => (y)
   finite_row = Cast <to = 9> (finite_row_byte)
   descale_or_nan = Where (finite_row, descale, nan)
   result = Mul (total_float, descale_or_nan)
-  y = CastLike (result, x)
+  typed = CastLike (result, x)
+  lead = Shape <end = -1> (x)
+  result_shape = Concat <axis = 0> (lead, outputs)
+  y = Reshape <allowzero = 1> (typed, result_shape)
 }}
 """
 
