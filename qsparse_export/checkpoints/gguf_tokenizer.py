@@ -167,7 +167,8 @@ def _byte_level(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
         vocab[token if plain else "".join(spelling[byte] for byte in token.encode())] = index
     merges = [(left, right) for left, right in (merge.split(" ") for merge in vocabulary.merges)]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=split.whole_words))
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split.single_digits else []
+    # Equal to the Digits step of the models' own tokenizer.json, which onnxruntime-genai 0.18 passes over in silence.
+    steps: list[Any] = [pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated")] if split.single_digits else []
     if split.pattern is not None:
         steps.append(pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None))
