@@ -9,6 +9,16 @@
 
 #include "qsk/variant.h"
 
+// Unrolls the loop that follows, so that its array of vectors becomes registers: left alone, GCC keeps sums of six rows
+// in memory, at half the speed.
+#if defined(__clang__)
+#define QSK_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define QSK_UNROLL _Pragma("GCC unroll 16")
+#else
+#define QSK_UNROLL
+#endif
+
 namespace qsk {
 
 struct HalfKernels {

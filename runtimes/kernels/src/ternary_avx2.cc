@@ -31,49 +31,78 @@ void widen_add(int32_t* sums, __m256i v) {
   add_to(sums + 4 * kVectorSums, _mm256_unpackhi_epi16(v, sign));
 }
 
+// GCC 12 schedules the sums and the products that go into them so that sums spill, and every spilled one
+// puts a store and a load into the loop's chain of additions (twice the time on Zen 3). An empty statement that claims
+// to change a sum keeps it in its register.
+void keep_in_register([[maybe_unused]] __m256i& v) {
+#if defined(__GNUC__)
+  __asm__("" : "+x"(v));
+#endif
+}
+
+void add_product(__m256i codes, __m256i q, __m256i& sum) {
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, q));
+  keep_in_register(sum);
+}
+
 // sums += products of two interleaved channels' bytes: the planes 0..3, of which 1 and 3 are times 4.
 void add_planes(__m256i bytes, __m256i q, __m256i sums[4]) {
   const __m256i low = _mm256_set1_epi8(0x03), high = _mm256_set1_epi8(0x0c);
   const __m256i upper = _mm256_srli_epi16(bytes, 4);
-  sums[0] = _mm256_add_epi16(sums[0], _mm256_maddubs_epi16(_mm256_and_si256(bytes, low), q));
-  sums[1] = _mm256_add_epi16(sums[1], _mm256_maddubs_epi16(_mm256_and_si256(bytes, high), q));
-  sums[2] = _mm256_add_epi16(sums[2], _mm256_maddubs_epi16(_mm256_and_si256(upper, low), q));
-  sums[3] = _mm256_add_epi16(sums[3], _mm256_maddubs_epi16(_mm256_and_si256(upper, high), q));
+  add_product(_mm256_and_si256(bytes, low), q, sums[0]);
+  add_product(_mm256_and_si256(bytes, high), q, sums[1]);
+  add_product(_mm256_and_si256(upper, low), q, sums[2]);
+  add_product(_mm256_and_si256(upper, high), q, sums[3]);
+}
+
+// One group of channels: the rows that are read now, and those to prefetch meanwhile, one line at each step.
+struct Group {
+  const uint8_t* rows[kGemvRows];
+  const uint8_t* ahead[kGemvRows];
+  int32_t pairs[kGemvRows / 2];  // two activations, twice
+  int64_t pair_count;
+};
+
+void set_up(Group& group, const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
+            const int32_t* next, int64_t next_count) {
+  for (int64_t i = 0; i < count; ++i) group.rows[i] = w + index[i] * row_bytes;
+  if (count % 2 != 0) group.rows[count] = w + index[count - 1] * row_bytes;  // with an activation of 0
+  group.pair_count = (count + 1) / 2;
+  for (int64_t i = 0; i < group.pair_count; ++i) {
+    const uint32_t first = static_cast<uint8_t>(value[2 * i]);
+    const uint32_t second = 2 * i + 1 < count ? static_cast<uint8_t>(value[2 * i + 1]) : 0;
+    group.pairs[i] = static_cast<int32_t>((first | second << 8) * 0x10001u);
+  }
+  for (int64_t i = 0; i < kGemvRows; ++i) {  // without a next group, what is in the cache already
+    group.ahead[i] = i < next_count ? w + next[i] * row_bytes : group.rows[0];
+  }
+}
+
+// Adds the products of 32 bytes of all rows of the group to 128 sums. `odd` is the half of the 64-byte step.
+void add_block(const Group& group, int64_t column, int64_t odd, int32_t* block) {
+  __m256i lower[4], upper[4];  // of the bytes 0..7 and 8..15 of each half
+  for (int p = 0; p < 4; ++p) lower[p] = upper[p] = _mm256_setzero_si256();
+  for (int64_t i = 0; i < group.pair_count; ++i) {
+    _mm_prefetch(reinterpret_cast<const char*>(group.ahead[2 * i + odd] + column), _MM_HINT_T0);
+    const __m256i a = load(group.rows[2 * i] + column), b = load(group.rows[2 * i + 1] + column);
+    const __m256i q = _mm256_set1_epi32(group.pairs[i]);
+    add_planes(_mm256_unpacklo_epi8(a, b), q, lower);
+    add_planes(_mm256_unpackhi_epi8(a, b), q, upper);
+  }
+  for (int p = 0; p < 4; ++p) {
+    const bool times4 = p % 2 != 0;
+    widen_add(block + p * kVectorSums, times4 ? _mm256_srai_epi16(lower[p], 2) : lower[p]);
+    widen_add(block + (8 + p) * kVectorSums, times4 ? _mm256_srai_epi16(upper[p], 2) : upper[p]);
+  }
 }
 
 void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
           const int32_t* next, int64_t next_count, int32_t* sums) {
   if (count <= 0) return;
-  const uint8_t* rows[kGemvRows];
-  int32_t pairs[kGemvRows / 2];  // two activations, twice
-  for (int64_t i = 0; i < count; ++i) rows[i] = w + index[i] * row_bytes;
-  if (count % 2 != 0) rows[count] = w + index[count - 1] * row_bytes;  // with an activation of 0
-  const int64_t pair_count = (count + 1) / 2;
-  for (int64_t i = 0; i < pair_count; ++i) {
-    const uint32_t first = static_cast<uint8_t>(value[2 * i]);
-    const uint32_t second = 2 * i + 1 < count ? static_cast<uint8_t>(value[2 * i + 1]) : 0;
-    pairs[i] = static_cast<int32_t>((first | second << 8) * 0x10001u);
-  }
+  Group group;
+  set_up(group, w, row_bytes, index, value, count, next, next_count);
   for (int64_t column = 0; column < row_bytes; column += kBlockBytes) {
-    if (column % 64 == 0) {
-      for (int64_t i = 0; i < next_count; ++i) {
-        _mm_prefetch(reinterpret_cast<const char*>(w + next[i] * row_bytes + column), _MM_HINT_T0);
-      }
-    }
-    __m256i lower[4], upper[4];  // of the bytes 0..7 and 8..15 of each half
-    for (int p = 0; p < 4; ++p) lower[p] = upper[p] = _mm256_setzero_si256();
-    for (int64_t i = 0; i < pair_count; ++i) {
-      const __m256i a = load(rows[2 * i] + column), b = load(rows[2 * i + 1] + column);
-      const __m256i q = _mm256_set1_epi32(pairs[i]);
-      add_planes(_mm256_unpacklo_epi8(a, b), q, lower);
-      add_planes(_mm256_unpackhi_epi8(a, b), q, upper);
-    }
-    int32_t* block = sums + column / kBlockBytes * kBlockSums;
-    for (int p = 0; p < 4; ++p) {
-      const bool times4 = p % 2 != 0;
-      widen_add(block + p * kVectorSums, times4 ? _mm256_srai_epi16(lower[p], 2) : lower[p]);
-      widen_add(block + (8 + p) * kVectorSums, times4 ? _mm256_srai_epi16(upper[p], 2) : upper[p]);
-    }
+    add_block(group, column, column / kBlockBytes % 2, sums + column / kBlockBytes * kBlockSums);
   }
 }
 
@@ -110,18 +139,21 @@ void unpack(const TernaryTile& tile) {
 template <int Rows>
 void multiply(const uint8_t* panel, int64_t quads, const int8_t* q, int64_t q_stride, int32_t* sums) {
   __m256i a[Rows], b[Rows];
+  QSK_UNROLL
   for (int r = 0; r < Rows; ++r) a[r] = b[r] = _mm256_setzero_si256();
   for (int64_t t = 0; t < quads; ++t) {
     const __m256i codes0 = load(panel + 64 * t), codes1 = load(panel + 64 * t + 32);
+    QSK_UNROLL
     for (int r = 0; r < Rows; ++r) {
       int32_t four;
       memcpy(&four, q + r * q_stride + 4 * t, sizeof four);
       const __m256i activations = _mm256_set1_epi32(four);
-      a[r] = _mm256_add_epi16(a[r], _mm256_maddubs_epi16(codes0, activations));
-      b[r] = _mm256_add_epi16(b[r], _mm256_maddubs_epi16(codes1, activations));
+      add_product(codes0, activations, a[r]);
+      add_product(codes1, activations, b[r]);
     }
   }
   const __m256i ones = _mm256_set1_epi16(1);
+  QSK_UNROLL
   for (int r = 0; r < Rows; ++r) {
     add_to(sums + r * kGemmTileOutputs, _mm256_madd_epi16(a[r], ones));
     add_to(sums + r * kGemmTileOutputs + kVectorSums, _mm256_madd_epi16(b[r], ones));
@@ -140,7 +172,10 @@ void gemm(const TernaryTile& tile, int32_t* sums) {
       const int8_t* q = tile.q + row * tile.q_stride;
       int32_t* out = sums + row * kGemmTileOutputs + panel * 2 * kVectorSums;
       const int64_t left = tile.rows - row;
-      if (left >= 4) {
+      if (left == 6 || left > 8) {
+        multiply<6>(codes, quads, q, tile.q_stride, out);
+        row += 6;
+      } else if (left >= 4) {
         multiply<4>(codes, quads, q, tile.q_stride, out);
         row += 4;
       } else if (left >= 2) {

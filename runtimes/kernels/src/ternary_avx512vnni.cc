@@ -107,12 +107,14 @@ void unpack(const TernaryTile& tile) {
 template <int Rows>
 void multiply(const uint8_t* panel, int64_t quads, const int8_t* q, int64_t q_stride, int32_t* sums) {
   __m512i a[Rows], b[Rows];
+  QSK_UNROLL
   for (int r = 0; r < Rows; ++r) {
     a[r] = load(sums + r * kGemmTileOutputs);
     b[r] = load(sums + r * kGemmTileOutputs + kVectorSums);
   }
   for (int64_t t = 0; t < quads; ++t) {
     const __m512i codes0 = load(panel + 128 * t), codes1 = load(panel + 128 * t + 64);
+    QSK_UNROLL
     for (int r = 0; r < Rows; ++r) {
       int32_t four;
       memcpy(&four, q + r * q_stride + 4 * t, sizeof four);
@@ -121,6 +123,7 @@ void multiply(const uint8_t* panel, int64_t quads, const int8_t* q, int64_t q_st
       b[r] = _mm512_dpbusd_epi32(b[r], codes1, activations);
     }
   }
+  QSK_UNROLL
   for (int r = 0; r < Rows; ++r) {
     store(sums + r * kGemmTileOutputs, a[r]);
     store(sums + r * kGemmTileOutputs + kVectorSums, b[r]);

@@ -68,15 +68,18 @@ constexpr int64_t kMultiplyChannels = 128;
 template <int Rows>
 void multiply(const uint8_t* codes, int64_t channels, const int8_t* q, int64_t q_stride, int32_t* sums) {
   int16x8_t lower[Rows], upper[Rows];
+  QSK_UNROLL
   for (int r = 0; r < Rows; ++r) lower[r] = upper[r] = vdupq_n_s16(0);
   for (int64_t c = 0; c < channels; ++c) {
     const int8x16_t bytes = vreinterpretq_s8_u8(vld1q_u8(codes + c * kHalfBytes));
+    QSK_UNROLL
     for (int r = 0; r < Rows; ++r) {
       const int8x16_t activation = vdupq_n_s8(q[r * q_stride + c]);
       lower[r] = vmlal_s8(lower[r], vget_low_s8(bytes), vget_low_s8(activation));
       upper[r] = vmlal_high_s8(upper[r], bytes, activation);
     }
   }
+  QSK_UNROLL
   for (int r = 0; r < Rows; ++r) {
     widen_add(sums + r * kGemmTileOutputs, lower[r]);
     widen_add(sums + r * kGemmTileOutputs + 32, upper[r]);

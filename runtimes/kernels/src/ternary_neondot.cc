@@ -87,20 +87,26 @@ void unpack(const TernaryTile& tile) {
 template <int Rows>
 void multiply(const uint8_t* panel, int64_t quads, const int8_t* q, int64_t q_stride, int32_t* sums) {
   int32x4_t products[Rows][4];
+  QSK_UNROLL
   for (int r = 0; r < Rows; ++r) {
+    QSK_UNROLL
     for (int p = 0; p < 4; ++p) products[r][p] = vld1q_s32(sums + r * kGemmTileOutputs + 4 * p);
   }
   for (int64_t t = 0; t < quads; ++t) {
     const uint8x16_t codes[4] = {vld1q_u8(panel + 64 * t), vld1q_u8(panel + 64 * t + 16), vld1q_u8(panel + 64 * t + 32),
                                  vld1q_u8(panel + 64 * t + 48)};
+    QSK_UNROLL
     for (int r = 0; r < Rows; ++r) {
       int32_t four;
       memcpy(&four, q + r * q_stride + 4 * t, sizeof four);
       const int8x16_t activations = vreinterpretq_s8_s32(vdupq_n_s32(four));
+      QSK_UNROLL
       for (int p = 0; p < 4; ++p) products[r][p] = dot(products[r][p], codes[p], activations);
     }
   }
+  QSK_UNROLL
   for (int r = 0; r < Rows; ++r) {
+    QSK_UNROLL
     for (int p = 0; p < 4; ++p) vst1q_s32(sums + r * kGemmTileOutputs + 4 * p, products[r][p]);
   }
 }
