@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash samples/01_smollm2/run.sh
 
 test: $(VENV)/.tested
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/pytest
 
 lint: $(VENV)/.tested
 	$(VENV)/bin/ruff check -q .
@@ -31,19 +31,23 @@ format: $(VENV)/.tested
 
 install: $(VENV)/.installed
 
-SOURCES := $(shell find runtimes cmake -name '*.cc' -o -name '*.h' -o -name '*.cmake' -o -name 'CMakeLists.txt' 2>/dev/null)
+SOURCES := CMakeLists.txt pyproject.toml $(shell find qsparse_export passes runtimes targets cmake -type f -not -name '*.pyc')
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml CMakeLists.txt $(SOURCES) | $(VENV)/bin/python
+# The package is installed as users get it, not editable: what is tested is what is shipped.
+$(VENV)/.torch: | $(VENV)/bin/python
 	$(PIP) install -q $(INDEX) $(TORCH)
-	$(PIP) install -e .
 	touch $@
 
-$(VENV)/.tested: $(VENV)/.installed
-	$(PIP) install -q -e '.[dev,hf,genai]'
+$(VENV)/.installed: $(SOURCES) $(VENV)/.torch
+	$(PIP) install .
 	touch $@
+
+$(VENV)/.tested: $(SOURCES) $(VENV)/.torch
+	$(PIP) install '.[dev,hf,genai]'
+	touch $@ $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) build out .cache

@@ -10,7 +10,6 @@ PASSES: dict[str, str] = {
     "eliminate-dead": "clean_eliminate:EliminateDead",
     "eliminate-identity": "clean_eliminate:EliminateIdentity",
     "fold-constants": "clean_fold_constants:FoldConstants",
-    "fuse-tied-head": "fuse_tied_head:FuseTiedHead",
     "infer-shapes": "clean_infer_shapes:InferShapes",
     "sort-nodes": "clean_sort_nodes:SortNodes",
 }

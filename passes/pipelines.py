@@ -10,10 +10,6 @@ CLEAN = (
     "eliminate-dead",  # what folding left behind
 )
 
-FUSE = (
-    "fuse-tied-head",  # before shapes are final: replaces Transpose + MatMul by Gemm on the embedding itself
-)
-
 LOWER = (
     "attach-bodies",  # the portable fallback and the specification of every custom op
     "infer-shapes",  # after the last rewrite, so that every value of the file carries its shape
@@ -21,4 +17,4 @@ LOWER = (
     "check",  # nothing invalid leaves the compiler
 )
 
-DEFAULT = ",".join(CLEAN + FUSE + LOWER)
+DEFAULT = ",".join(CLEAN + LOWER)

@@ -37,13 +37,25 @@ def decoder_graph(config: ModelConfig, weights: WeightSource, dtype: torch.dtype
     with torch.device("meta"):
         module = deploy(Decoder(config).to(dtype)).eval()
     with FakeTensorMode():
-        module.to_empty(device="cpu")
+        _make_fake(module)
         inputs, shapes = _example_inputs(config, dtype)
         names_in, names_out = _tensor_names(config)
         graph = _torch_onnx(module, inputs, shapes, names_in, names_out)
     _name_dimensions(graph)
     _attach_weights(graph, module, weights, dtype)
     return graph
+
+
+def _make_fake(module: torch.nn.Module) -> None:
+    """Inside a fake tensor mode: replaces parameters and buffers on the meta device by fake ones on the CPU."""
+    import torch
+
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(owner, name, torch.nn.Parameter(fake, requires_grad=False))
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def module_graph(program: Program) -> ir.Model:
@@ -65,11 +77,12 @@ def _example_inputs(config: ModelConfig, dtype: torch.dtype) -> tuple[tuple[Any,
     batch, sequence, past = 2, 3, 5  # distinct and above 1: torch specialises 0 and 1
     cache = (batch, config.kv_heads, past, config.head_dim)
     pairs = [(torch.zeros(cache, dtype=dtype), torch.zeros(cache, dtype=dtype)) for _ in range(config.layers)]
-    ids = torch.zeros(batch, sequence, dtype=torch.int64)
+    # Two tensors, and not one twice: torch.export takes the same object for the same input.
+    ids, positions = (torch.zeros(batch, sequence, dtype=torch.int64) for _ in range(2))
     mask = torch.ones(batch, past + sequence, dtype=torch.int64)
     dims = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     kv = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC}
-    return (ids, mask, ids, pairs), (dims, dims, dims, [(kv, kv)] * config.layers)
+    return (ids, mask, positions, pairs), (dims, dims, dims, [(kv, kv)] * config.layers)
 
 
 def _tensor_names(config: ModelConfig) -> tuple[list[str], list[str]]:

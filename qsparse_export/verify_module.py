@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from qsparse_export.errors import ParityError
-from qsparse_export.verify import CEILING, FLOOR_ULPS, NOISE_FACTOR, NOISE_RUNS, native_ops
+from qsparse_export.nn.deploy import deploy
+from qsparse_export.verify import CEILING, FLOOR, NOISE_FACTOR, NOISE_RUNS, native_ops
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModulePathParity:
-    """One way to run the module: largest absolute error, and largest relative (L2 over L2, per output)."""
+    """One way to run the module: largest absolute error, largest relative one (L2 over L2, per output), flipped choices."""
 
     path: str
     max_error: float
     relative_error: float
+    flipped_choices: int
     native_calls: NativeCalls
 
 
@@ -46,39 +48,58 @@ class ModuleParity:
 def verify_module(
     folder: Path, runtime: Runtime, graph: ir.Model, program: Program, level: Literal["full", "quick"], *, native: bool
 ) -> ModuleParity:
-    """Runs the compiled module both ways on ``program``'s example inputs; ParityError when an output differs."""
+    """Runs the compiled module both ways on ``program``'s example inputs, PyTorch following its choices.
+
+    Raises ParityError when an output differs by more than rounding, or a choice is none that PyTorch could have made.
+    """
     import torch
 
-    judge = program.eager()
-    with torch.no_grad():
-        expected = _arrays(judge(*program.example_inputs))
-        noise = max(
-            _error(_arrays(judge(*_nudged(program.example_inputs, seed))), expected) for seed in range(NOISE_RUNS)
-        )
-    limit = max(NOISE_FACTOR * noise, FLOOR_ULPS * float(np.finfo(np.float32).eps))
-    if limit > CEILING:
-        raise ParityError(
-            f"one rounding error in the inputs moves the PyTorch module's own outputs by {noise:.3g} of their size: "
-            "choose other example inputs, or export with --verify none"
-        )
-    inputs = _arrays(program.example_inputs)
+    from qsparse_export.guided import Guide, choice_taps
+
+    judge = deploy(program.eager())
+    taps = choice_taps(graph)
+    names = tuple(dict.fromkeys(tap.value for tap in taps))
+    noise, limit = 0.0, FLOOR["float32"]
     paths = []
     for path in (["native"] if native else []) + (["bodies"] if level == "full" or not native else []):
-        session = runtime.open(folder, threads=None, native=path == "native")
-        outputs = session.run(dict(zip(session.input_names, inputs, strict=True)))
-        got = [session.to_numpy(outputs[name]) for name in session.output_names]
+        session = runtime.open(folder, threads=None, native=path == "native", taps=names)
+        results = session.run(dict(zip(session.input_names, _arrays(program.example_inputs), strict=True)))
+        outputs = {name: session.to_numpy(value) for name, value in results.items()}
+        got = [outputs[name] for name in session.output_names if name not in names]
+        choices = [(tap, outputs[tap.value]) for tap in taps]
+
+        def guided(inputs: tuple[Any, ...], guide: Guide) -> list[np.ndarray]:
+            with guide, torch.no_grad():
+                return _arrays(judge(*inputs))
+
+        if not paths:
+            still = guided(program.example_inputs, Guide(choices, CEILING))
+            moved = [
+                guided(_nudged(program.example_inputs, seed), Guide(choices, CEILING)) for seed in range(NOISE_RUNS)
+            ]
+            noise = max(_error(outputs_moved, still) for outputs_moved in moved)
+            limit = max(NOISE_FACTOR * noise, FLOOR["float32"])
+            if not limit <= CEILING:
+                raise ParityError(
+                    f"rounding errors in the inputs move the PyTorch module's own outputs by {noise:.3g} of their size: "
+                    "choose other example inputs, or export with --verify none"
+                )
+        guide = Guide(choices, limit)
+        expected = guided(program.example_inputs, guide)
         parity = ModulePathParity(
             path,
             max(float(np.abs(a - b).max(initial=0)) for a, b in zip(got, expected, strict=True)),
             _error(got, expected),
+            guide.flips,
             session.native_calls(),
         )
         if path == "native" and (unused := sorted(native_ops(graph) - parity.native_calls.keys())):
             raise ParityError(f"the native kernels of {', '.join(unused)} never ran although the graph uses them")
-        if not parity.relative_error <= limit:
+        if guide.wrong or not parity.relative_error <= limit:
+            where = "".join(f" At {choice.scope}: {choice.reason}." for choice in guide.wrong[:1])
             raise ParityError(
                 f"the {path} path differs from PyTorch on the example inputs by {parity.relative_error:.3g} relative "
-                f"({parity.max_error:.3g} absolute), allowed {limit:.3g}"
+                f"({parity.max_error:.3g} absolute), allowed {limit:.3g}.{where}"
             )
         paths.append(parity)
     return ModuleParity(level, noise, limit, tuple(paths))

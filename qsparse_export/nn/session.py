@@ -28,9 +28,7 @@ class TorchSession:
         past = [
             (tensors[f"past_key_values.{i}.key"], tensors[f"past_key_values.{i}.value"]) for i in range(self._layers)
         ]
-        logits, present = self._module(
-            tensors["input_ids"], tensors["attention_mask"], tensors["position_ids"], past
-        )
+        logits, present = self._module(tensors["input_ids"], tensors["attention_mask"], tensors["position_ids"], past)
         return dict(zip(self.output_names, (logits, *(t for pair in present for t in pair)), strict=True))
 
     def to_numpy(self, tensor: torch.Tensor) -> np.ndarray:

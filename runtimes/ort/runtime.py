@@ -92,7 +92,10 @@ class OrtSession:
         if threads is not None:
             options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        self._library: library.Library | None = None
         if native:
+            self._library = library.open_library()
+            self._library.chosen()  # a forced variant that this CPU lacks is refused here, by name
             options.register_custom_ops_library(str(library.library_path()))
         try:
             self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -101,7 +104,7 @@ class OrtSession:
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
         self.input_types = {value.name: value.type for value in self._session.get_inputs()}
-        self._before = library.counters() if native else None
+        self._before = self._library.calls() if self._library else {}
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, onnxruntime.OrtValue]:
         """See :class:`qsparse_export.runtimes.base.Session`."""
@@ -122,4 +125,4 @@ class OrtSession:
 
     def native_calls(self) -> NativeCalls:
         """See :class:`qsparse_export.runtimes.base.Session`; counts of the whole process since this session opened."""
-        return {} if self._before is None else subtract_calls(library.counters(), self._before)
+        return subtract_calls(self._library.calls(), self._before) if self._library else {}

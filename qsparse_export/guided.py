@@ -1,0 +1,152 @@
+"""PyTorch following the discrete choices of a compiled model, each of which must be one that PyTorch could have made.
+
+A top-k mask and an int8 rounding are discontinuous: two correct implementations, summing in another order, now and then
+choose another channel, and the logits of a sparse model then move by percents. Compared freely, such a model cannot be told
+from a wrong one. So PyTorch is run with the choices that the compiled model made (which channels TopKSparsify kept, which
+integers TernaryMatMul quantised to): what remains is continuous and must agree to rounding; and every choice is checked
+against PyTorch's own values: it may differ from PyTorch's choice only where the two were a tie up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qsparse_export.ops.ternary_matmul import GAMMA_FLOOR, unpacked
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DOMAIN = "ai.qsparse"
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One op whose choices are read: the graph value that shows them, and the PyTorch module that it came from."""
+
+    op: str
+    value: str
+    scope: str
+
+
+@dataclass(frozen=True)
+class IllegitimateChoice:
+    """A choice that PyTorch's values do not allow: where, and what was wrong with it."""
+
+    scope: str
+    reason: str
+
+
+def choice_taps(graph: ir.Model) -> tuple[Tap, ...]:
+    """The taps of all ops of domain ``ai.qsparse``, in the order in which PyTorch calls them.
+
+    TopKSparsify shows its choice in its output (what is not zero was kept), TernaryMatMul in its input.
+    """
+    from qsparse_export.passes.annotate_scope import SCOPE
+
+    taps = []
+    for node in graph.graph:
+        if node.domain == DOMAIN:
+            value = node.outputs[0] if node.op_type == "TopKSparsify" else node.inputs[0]
+            assert value is not None and value.name is not None
+            taps.append(Tap(node.op_type, value.name, node.metadata_props.get(SCOPE, node.name or "")))
+    return tuple(taps)
+
+
+class Guide(TorchDispatchMode):
+    """While active, the custom ops take their choices from ``choices`` (tap, values of the compiled model), in order.
+
+    ``limit`` is the relative error (L2) that the values themselves may have. Afterwards ``flips`` counts the choices that
+    PyTorch alone would have made otherwise, ``wrong`` lists those that it could not have made.
+    """
+
+    def __init__(self, choices: Iterable[tuple[Tap, np.ndarray]], limit: float) -> None:
+        super().__init__()
+        self._choices = iter(choices)
+        self._limit = limit
+        self.flips = 0
+        self.wrong: list[IllegitimateChoice] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Intercepts the two custom ops; everything else runs as it is."""
+        named = dict(kwargs or {})
+        if func is torch.ops.qsparse.topk_sparsify.default:
+            return self._topk(*args, **named)
+        if func is torch.ops.qsparse.ternary_matmul.default:
+            return self._ternary(*args, **named)
+        return func(*args, **named)
+
+    def _next(self, op: str, x: torch.Tensor) -> tuple[Tap, torch.Tensor | None]:
+        tap, values = next(self._choices)
+        if tap.op != op or tuple(values.shape) != tuple(x.shape):
+            came = f"{tap.op} {list(values.shape)}, PyTorch {op} {list(x.shape)}"
+            self.wrong.append(IllegitimateChoice(tap.scope, f"the compiled model has {came} here"))
+            return tap, None
+        return tap, torch.from_numpy(np.array(values))
+
+    def _topk(self, x: torch.Tensor, k: int, block: int, rescale: str) -> torch.Tensor:
+        tap, kept = self._next("TopKSparsify", x)
+        own = torch.ops.qsparse.topk_sparsify(x, k, block, "none")
+        if kept is None:
+            return own
+        mask = kept != 0
+        self._check_mask(tap, x.float(), mask, own != 0)
+        masked = torch.where(mask, x, 0)
+        if rescale == "none":
+            return masked
+        # Nothing more to choose: the rescale alone, on all that is left.
+        return torch.ops.qsparse.topk_sparsify(masked, min(x.shape[-1], block or x.shape[-1]), block, rescale)
+
+    def _check_mask(self, tap: Tap, x: torch.Tensor, mask: torch.Tensor, own: torch.Tensor) -> None:
+        differs = (mask != own).flatten(0, -2)
+        rows = differs.any(-1).nonzero().flatten().tolist()
+        magnitude = x.abs().flatten(0, -2)
+        for row in rows:
+            dropped = magnitude[row][differs[row] & own.flatten(0, -2)[row]].sort().values
+            taken = magnitude[row][differs[row] & mask.flatten(0, -2)[row]].sort().values
+            self.flips += max(len(dropped), len(taken))
+            # A kept zero cannot be told from a dropped channel: what one side has more must be zero up to rounding.
+            pairs = min(len(dropped), len(taken))
+            excess = torch.cat((dropped[: len(dropped) - pairs], taken[: len(taken) - pairs]))
+            gaps = (dropped[len(dropped) - pairs :] - taken[len(taken) - pairs :]).abs()
+            worst = float(torch.cat((excess, gaps)).max())
+            # Each value may be off by limit * |row|, so two of them tie when they are closer than twice that.
+            slack = 2 * self._limit * float(magnitude[row].norm())
+            if not worst <= slack:
+                reason = f"TopKSparsify kept other channels: magnitudes {worst:.3g} apart, a tie is below {slack:.3g}"
+                self.wrong.append(IllegitimateChoice(tap.scope, reason))
+                return
+
+    def _ternary(self, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, n: int) -> torch.Tensor:
+        tap, theirs = self._next("TernaryMatMul", x)
+        own = torch.ops.qsparse.ternary_matmul(x, w, scale, n)
+        if theirs is None or not x.numel():
+            return own
+        mine_scaled, gamma = _scaled(x)
+        q = _scaled(theirs)[0].round()
+        self.flips += int((q != mine_scaled.round()).sum())
+        # x off by limit * |row| moves 127 / gamma * x by as many units of the quantiser.
+        slack = 0.5 + 2 * self._limit * mine_scaled.norm(dim=-1, keepdim=True)
+        beyond = (q - mine_scaled).abs() - slack
+        if not bool((beyond <= 0).all()):
+            reason = (
+                f"TernaryMatMul quantised to other integers: {float(beyond.max()) + 0.5:.3g} units beyond a rounding"
+            )
+            self.wrong.append(IllegitimateChoice(tap.scope, reason))
+            return own
+        total = (q.double() @ unpacked(w, n).double()).float()
+        return (total * ((gamma / 127.0) * scale)).to(x.dtype)
+
+
+def _scaled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``127 / gamma * x`` before rounding, and gamma, both float32 (semantics of TernaryMatMul)."""
+    wide = x.float()
+    gamma = wide.abs().amax(-1, keepdim=True).clamp_min(GAMMA_FLOOR)
+    return (127.0 / gamma) * wide, gamma
