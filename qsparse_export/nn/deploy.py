@@ -15,7 +15,7 @@ from qsparse_export.formats import ternary
 from qsparse_export.nn.decoder import Decoder
 from qsparse_export.nn.deployed import DenseLinear, TernaryLinear
 from qsparse_export.nn.linear import BitLinear, QSparseLinear
-from qsparse_export.nn.quantizers import absmean_scale, absmean_ternary
+from qsparse_export.nn.quantizers import absmean_scale, ternary_values
 from qsparse_export.weights import TernaryWeight, WeightSource
 
 
@@ -59,7 +59,7 @@ def _channel_major(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _packed(weight: torch.Tensor | TernaryWeight) -> torch.Tensor:
-    values = weight.values if isinstance(weight, TernaryWeight) else absmean_ternary(weight)[0].to(torch.int8)
+    values = weight.values if isinstance(weight, TernaryWeight) else ternary_values(weight)
     return torch.from_numpy(ternary.pack(values.cpu().numpy()))
 
 

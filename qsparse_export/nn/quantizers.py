@@ -37,6 +37,13 @@ def absmean_scale(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().to(torch.float32).abs().mean().clamp_min(ALPHA_FLOOR)
 
 
+@torch.no_grad()
+def ternary_values(weight: torch.Tensor) -> torch.Tensor:
+    """W [N, K] to int8 [N, K] = clip(round(W / alpha), -1, 1): the values of :func:`absmean_ternary`, for packing."""
+    wide = weight.to(torch.float32, copy=True)
+    return wide.div_(absmean_scale(weight)).round_().clamp_(-1, 1).to(torch.int8)
+
+
 def absmean_ternary(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """W [N, K] to (w, alpha): w float32 [N, K] = clip(round(W / alpha), -1, 1), alpha float32 scalar = mean(abs(W)).
 

@@ -35,8 +35,11 @@ def test_rotation_depends_on_the_distance_alone():
     query, key = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
 
     def score(i: int, j: int) -> float:
-        turned = [rotate(t, *rotary(torch.tensor([[p]]), torch.float32), 1) for t, p in ((query, i), (key, j))]
-        return float((turned[0] * turned[1]).sum())
+        def turned(t: torch.Tensor, position: int) -> torch.Tensor:
+            cos, sin = rotary(torch.tensor([[position]]), torch.float32)
+            return rotate(t, cos, sin, 1)
+
+        return float((turned(query, i) * turned(key, j)).sum())
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -57,7 +59,7 @@ def test_dense_form_is_channel_major_and_contiguous():
 def test_the_original_stays_as_it_is(configs, tiny_decoder):
     decoder = tiny_decoder(configs["bitnet"])
     before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
-    deployed = deploy(decoder).half()
+    deployed: Any = deploy(decoder).half()
     assert deployed.model.embed_tokens.weight.dtype == torch.float16
     assert deployed.model.layers[0].mlp.up_proj.scale.dtype == torch.float32
     after = decoder.state_dict()
@@ -109,7 +111,7 @@ def test_weights_that_are_ternary_already_are_taken_as_they_are(configs, tiny_de
     assert deployed_tensor(f"{name}.scale", source).tolist() == [0.125]
     np.testing.assert_array_equal(unpack(deployed_tensor(f"{name}.packed", source).numpy(), 48), stored.values.numpy())
     torch.testing.assert_close(deployed_tensor(f"{name}.weight_t", source), stored.values.t() * 0.125)
-    module = materialize(configs["bitnet"], source, torch.float16)
+    module: Any = materialize(configs["bitnet"], source, torch.float16)
     assert module.model.layers[0].mlp.down_proj.scale.dtype == torch.float32
     assert module(torch.tensor([[1, 2, 3]]))[0].dtype == torch.float16
 

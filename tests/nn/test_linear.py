@@ -69,6 +69,7 @@ def test_bitlinear_gradients_are_straight_through():
 def test_linear_norm_comes_before_mask_and_quantiser():
     linear, x = BitLinear(8, 5, TOPK, linear_norm_eps=1e-6), random(3, 8)
     assert set(linear.state_dict()) == {"weight", "rms_norm.weight"}
+    assert linear.rms_norm is not None
     with torch.no_grad():
         linear.rms_norm.weight.copy_(random(8))
         normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * linear.rms_norm.weight

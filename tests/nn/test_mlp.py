@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from qsparse_export.config import SparsityRule, TopK
 from qsparse_export.nn.deploy import deploy
 from qsparse_export.nn.mlp import FeedForward
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias": {"mlp_bias": True},
     "block": {"sparsity": (SparsityRule("*.down_proj", TopK(0.5, 32)),)},
