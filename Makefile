@@ -21,7 +21,7 @@ test: $(VENV)/.tested
 lint: $(VENV)/.tested
 	$(VENV)/bin/ruff check -q .
 	$(VENV)/bin/ruff format -q --check .
-	$(VENV)/bin/mypy
+	cd $(VENV) && bin/mypy --config-file $(CURDIR)/pyproject.toml -p qsparse_export
 	git ls-files '*.cc' '*.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 format: $(VENV)/.tested

@@ -68,7 +68,7 @@ class Generator:
         self._presents = tuple(name.replace("past_key_values.", "present.") for name in self._pasts)
         self._empty = np.zeros((1, shape.kv_heads, 0, shape.head_dim), np.dtype(shape.dtype))
 
-    def steps(self, ids: Sequence[int]) -> Iterator[tuple[np.ndarray, Callable[[int], None]]]:
+    def steps(self, ids: Sequence[int] | np.ndarray) -> Iterator[tuple[np.ndarray, Callable[[int], None]]]:
         """Yields float32 logits [S, vocab] (S: prompt, then 1) and a function that takes the next token id.
 
         The caller chooses the token, so that greedy decoding, sampling and verification share one loop; the iteration
@@ -85,7 +85,7 @@ class Generator:
             yield logits, chosen.append
             feed = np.array(chosen[-1:], np.int64)
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
+    def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """float32 logits [S, vocab] of all positions of one sequence."""
         logits, _ = next(self.steps(ids))
         return logits
@@ -171,7 +171,7 @@ class Generator:
             )
         return Tokenizer.from_file(str(self._tokenizer_file))
 
-    def _checked(self, ids: Sequence[int]) -> np.ndarray:
+    def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         array = np.asarray(ids, np.int64)
         if array.ndim != 1 or not array.size:
             raise UsageError(f"the prompt is {array.size} token ids; expected at least one")

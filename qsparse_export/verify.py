@@ -118,7 +118,7 @@ def verify_decoder(
     """
     count = GREEDY_TOKENS[level]
     noise, limit = 0.0, 0.0
-    paths = []
+    paths: list[PathParity] = []
     for path in (["native"] if native else []) + (["bodies"] if level == "full" or not native else []):
         traced = _trace(folder, runtime, graph, case, count, native=path == "native")
         if not paths:

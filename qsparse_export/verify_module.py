@@ -60,7 +60,7 @@ def verify_module(
     taps = choice_taps(graph)
     names = tuple(dict.fromkeys(tap.value for tap in taps))
     noise, limit = 0.0, FLOOR["float32"]
-    paths = []
+    paths: list[ModulePathParity] = []
     for path in (["native"] if native else []) + (["bodies"] if level == "full" or not native else []):
         session = runtime.open(folder, threads=None, native=path == "native", taps=names)
         results = session.run(dict(zip(session.input_names, _arrays(program.example_inputs), strict=True)))
@@ -135,6 +135,6 @@ def _error(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
         if not np.array_equal(np.isnan(a64), np.isnan(b64)):
             return float("inf")
         valid = ~np.isnan(a64)
-        norm = np.linalg.norm(b64[valid])
-        worst = max(worst, float(np.linalg.norm(a64[valid] - b64[valid]) / max(norm, 1e-30)))
+        norm = float(np.linalg.norm(b64[valid]))
+        worst = max(worst, float(np.linalg.norm(a64[valid] - b64[valid])) / max(norm, 1e-30))
     return worst

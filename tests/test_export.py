@@ -8,12 +8,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from qsparse_export.nn.decoder import Decoder
 
 import qsparse_export as qs
 from qsparse_export.api import as_model
 from qsparse_export.config import ModelConfig, MoE, SparsityRule, TopK
 from qsparse_export.errors import ParityError, UsageError
+from qsparse_export.nn.decoder import Decoder
 
 TINY = ModelConfig(
     architecture="llama",

@@ -90,10 +90,10 @@ def bitnet_linears(
     contradicts the storage that the quantization_config names.
     """
     if storage == "float":
-        scale = next((name for name in tensors if name.endswith(".weight_scale")), None)
-        if scale is not None:
+        stray = next((name for name in tensors if name.endswith(".weight_scale")), None)
+        if stray is not None:
             raise CheckpointError(
-                f"{source}: {scale} belongs to ternary weights, and config.json does not say how they are stored; expected a "
+                f"{source}: {stray} belongs to ternary weights, and config.json does not say how they are stored; expected a "
                 "quantization_config with quant_method 'bitnet', linear_class 'autobitlinear' (the scale multiplies) or "
                 "'bitlinear' (it divides), and quantization_mode 'offline'"
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -111,7 +111,7 @@ class _Vocabulary:
 def _read(header: GgufHeader) -> _Vocabulary:
     data, prefix = header.metadata, "tokenizer.ggml."
 
-    def fail(key: str, expected: str) -> Any:
+    def fail(key: str, expected: str) -> NoReturn:
         raise CheckpointError(f"{header.path}: the metadata {prefix}{key} is not {expected}; the file is damaged")
 
     tokens = data.get(prefix + "tokens")

@@ -127,7 +127,7 @@ def _sha256_of_weights(config: str, weights: WeightSource) -> str:
         values = tensor.values if isinstance(tensor, TernaryWeight) else tensor
         digest.update(f"{name} {values.dtype} {list(values.shape)}{scale}\n".encode())
         if values.numel():
-            digest.update(memoryview(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

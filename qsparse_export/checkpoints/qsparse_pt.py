@@ -231,8 +231,13 @@ def _tokenizer(stored: object, path: Path) -> TokenizerFiles | None:
         return None
     files: dict[str, bytes | Path] = {}
     for name, content in (stored if isinstance(stored, dict) else {"?": stored}).items():
-        plain = isinstance(content, torch.Tensor) and content.dtype == torch.uint8 and content.is_contiguous()
-        if name not in TOKENIZER_FILES or not plain or content.numel() > MOST_FILE_BYTES:
+        if not (
+            name in TOKENIZER_FILES
+            and isinstance(content, torch.Tensor)
+            and content.dtype == torch.uint8
+            and content.is_contiguous()
+            and content.numel() <= MOST_FILE_BYTES
+        ):
             raise CheckpointError(
                 f"{path}: the tokenizer holds {name!r}; expected uint8 tensors named like {', '.join(TOKENIZER_FILES[:3])}"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qsparse_export.checkpoints.folder import has_member, member, read_json
 from qsparse_export.errors import CheckpointError
@@ -31,11 +31,12 @@ class StoredTensor:
         from safetensors import SafetensorError
 
         try:
-            return self.file.get_tensor(name)
+            tensor: torch.Tensor = self.file.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"tensor {name} cannot be read: {error}; the file is damaged: copy it again"
             ) from error
+        return tensor
 
 
 def open_folder(folder: Path) -> tuple[dict[str, StoredTensor], tuple[Path, ...]]:
@@ -101,7 +102,7 @@ def _advice(path: Path) -> str:
     return "it is truncated or its header is damaged: copy or download it again"
 
 
-def _refuse_without_weights(folder: Path) -> Any:
+def _refuse_without_weights(folder: Path) -> NoReturn:
     names = sorted(path.name for path in folder.iterdir())
     pickles = [name for name in names if name.endswith((".bin", ".pth", ".pt", ".ckpt", ".index.json"))]
     others = [name for name in names if name.endswith((".safetensors", ".gguf"))]

@@ -37,7 +37,8 @@ class FolderWeights:
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name to logical shape; linears are [N, K] also when packed."""
-        return {name: tensor.shape for name, tensor in (*self.plain.items(), *self.ternary.items())}
+        plain = {name: tensor.shape for name, tensor in self.plain.items()}
+        return plain | {name: linear.shape for name, linear in self.ternary.items()}
 
     def read(self, name: str) -> torch.Tensor | TernaryWeight:
         """One tensor; CheckpointError on NaN, Inf, damaged data or codes that are not ternary."""

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from qsparse_export.nn.decoder import Decoder
 
 import qsparse_export as qs
 from qsparse_export.config import ModelConfig, SparsityRule, TopK
+from qsparse_export.nn.decoder import Decoder
 
 CONFIG = ModelConfig(
     architecture="llama",
@@ -123,7 +123,9 @@ def test_pickled_module_names_the_class_and_runs_nothing(tmp_path):
 
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
     torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pt")
-    refused(export(tmp_path / "module.pt", "-o", tmp_path / "out"), "torch.nn.modules.linear.Linear", "qsparse_export.save")
+    refused(
+        export(tmp_path / "module.pt", "-o", tmp_path / "out"), "torch.nn.modules.linear.Linear", "qsparse_export.save"
+    )
     refused(export(tmp_path / "bomb.pt", "-o", tmp_path / "out"), "system")
     assert not marker.exists()
     nothing_left(tmp_path / "out")
