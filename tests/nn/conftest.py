@@ -54,6 +54,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random numbers in every run, whatever ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def configs() -> dict[str, ModelConfig]:
     return CONFIGS
