@@ -94,7 +94,7 @@ class Generator:
         self,
         ids: Sequence[int],
         max_new_tokens: int = 64,
-        on_token: Callable[[int], None] | None = None,
+        on_token: Callable[[int], object] | None = None,
         stop_at_eos: bool = True,
     ) -> Generation:
         """Greedy decoding of up to ``max_new_tokens``; ``on_token`` sees each token as it comes.
@@ -129,7 +129,7 @@ class Generator:
         )
 
     def perplexity(
-        self, ids: Sequence[int], window: int = 512, on_window: Callable[[int], None] | None = None
+        self, ids: Sequence[int], window: int = 512, on_window: Callable[[int], object] | None = None
     ) -> Perplexity:
         """Perplexity over consecutive windows of ``window`` tokens, each starting from an empty cache.
 
