@@ -1,0 +1,101 @@
+"""The machine: what it is, and how fast it reads memory as a sparse kernel does."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qsparse_export.errors import TargetError
+from qsparse_export.runtimes.ort.library import Library
+
+ROWS_AHEAD = (0, 2, 8)
+"""Prefetch distances that the probe tries; the best of them is the limit."""
+
+
+def describe(library: Library) -> dict[str, Any]:
+    """Processor, cores, system, last-level cache and versions, as plain values."""
+    import onnxruntime
+
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "last_level_cache_bytes": _last_level_cache_bytes(),
+        "supported_variants": list(library.supported),
+        "library": library.version,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text("utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _last_level_cache_bytes() -> int | None:
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    found = [size.read_text("utf-8").strip() for size in sizes]
+    return max((int(text[:-1]) << {"K": 10, "M": 20}[text[-1]] for text in found if text[-1:] in "KM"), default=None)
+
+
+class _ProbeArgs(ctypes.Structure):
+    _fields_ = (
+        ("base", ctypes.c_void_p),
+        ("row_bytes", ctypes.c_int64),
+        ("index", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("ahead", ctypes.c_int64),
+    )
+
+
+class _Parallel(ctypes.Structure):
+    _fields_ = (("context", ctypes.c_void_p), ("run", ctypes.c_void_p), ("workers", ctypes.c_int64))
+
+
+_TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+_RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, _TASK, ctypes.c_void_p, ctypes.c_int64)
+
+
+class Probe:
+    """Reads rows of a byte array through the kernel library on ``threads`` threads.
+
+    A call costs some 0.1 ms of Python where threads > 1: read megabytes at a time.
+    """
+
+    def __init__(self, library: Library, threads: int) -> None:
+        self._function = library.handle.qsk_probe_read
+        self._function.restype = ctypes.c_int
+        self._function.argtypes = [ctypes.c_void_p] * 3
+        self._pool = ThreadPoolExecutor(threads)
+
+        def run(_context: int, task: Callable[[int, int], None], argument: int, count: int) -> None:
+            for done in [self._pool.submit(task, argument, i) for i in range(count)]:
+                done.result()
+
+        self._callback = _RUN(run)  # kept alive as long as the library may call it
+        self._parallel = _Parallel(None, ctypes.cast(self._callback, ctypes.c_void_p), threads)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown()
+
+    def read(self, rows: np.ndarray, index: np.ndarray, ahead: int) -> int:
+        """The sum of the 64-bit words, modulo 2**64, of ``rows[index]``; rows uint8 [R, bytes], index int64 [count]."""
+        args = _ProbeArgs(rows.ctypes.data, rows.shape[1], index.ctypes.data, len(index), ahead)
+        total = ctypes.c_uint64()
+        status = self._function(ctypes.byref(args), ctypes.byref(self._parallel), ctypes.byref(total))
+        if status != 0:
+            raise TargetError(f"the bandwidth probe refused rows of {rows.shape[1]} bytes (status {status})")
+        return total.value

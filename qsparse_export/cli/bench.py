@@ -1,0 +1,87 @@
+"""qsparse-bench: measures the kernels on this machine, beside ONNX Runtime's own and beside the machine's limits."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+
+from qsparse_export.bench.report import FORMATS
+from qsparse_export.cli.console import run, say
+
+_EPILOG = """\
+examples
+  qsparse-bench kernels --k 2560 --n 6912 --density 0.4,1 -t 1,2 --peers ort
+  qsparse-bench kernels --op topk --k 2560,6912 --density 0.4 -t 1 -o json
+  qsparse-bench kernels --m 128 --k 2560 --n 6912 --density 1 -t 2 --variant avx2
+
+Every option with numbers takes a list (1,2,4); all combinations are measured. Contenders run in turn in one process, so
+compare figures of one run only. Weights cycle through 256 MB of distinct contents; --hot keeps one matrix in the cache."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run(_command, argv)
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _floats(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of qsparse-bench."""
+    made = argparse.ArgumentParser(
+        prog="qsparse-bench",
+        description="Measures speed on this machine.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    kernels = commands.add_parser(
+        "kernels",
+        help="time one kernel",
+        description="Times one kernel: min, median and p90, bytes, and the machine's own bandwidth beside it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kernels.add_argument("--op", default="ternary", metavar="OP", help="ternary (default) or topk")
+    kernels.add_argument("--m", type=_integers, default=[1], metavar="M,..", help="rows of x: tokens (default 1)")
+    kernels.add_argument("--k", type=_integers, default=[2560], metavar="K,..", help="inputs (default 2560)")
+    kernels.add_argument("--n", type=_integers, default=[6912], metavar="N,..", help="outputs (default 6912)")
+    kernels.add_argument(
+        "--density", type=_floats, default=[0.4], metavar="D,..", help="share of active channels (default 0.4)"
+    )
+    kernels.add_argument("-t", "--threads", type=_integers, default=[1], metavar="T,..", help="threads (default 1)")
+    kernels.add_argument("--variant", metavar="NAME", help="force this kernel variant (default: the fastest here)")
+    kernels.add_argument("--hot", action="store_true", help="one matrix, which stays in the cache")
+    kernels.add_argument("--peers", default="", metavar="P,..", help="ort: ONNX Runtime's MatMulNBits or TopK")
+    kernels.add_argument(
+        "--seconds", type=float, default=1.0, metavar="S", help="per contender and case, at least 5 rounds (default 1)"
+    )
+    kernels.add_argument("-o", "--output", choices=FORMATS, default="md", help="format (default md)")
+    return made
+
+
+def _command(argv: Sequence[str]) -> None:
+    arguments = parser().parse_args(argv)
+    from qsparse_export.bench import kernels, report
+
+    outputs = arguments.n if arguments.op != "topk" else [1]
+    peers = tuple(filter(None, arguments.peers.split(",")))
+    cases = [
+        kernels.Case(arguments.op, m, k, n, density, threads, arguments.variant, arguments.hot, peers)
+        for m, k, n, density, threads in itertools.product(
+            arguments.m, arguments.k, outputs, arguments.density, arguments.threads
+        )
+    ]
+    for case in cases:
+        kernels.check(case)  # all of them before the first is measured
+    rows = []
+    for position, case in enumerate(cases, 1):
+        say(f"[{position}/{len(cases)}] m {case.m} k {case.k} n {case.n} density {case.density} threads {case.threads}")
+        rows.append(kernels.measure(case, arguments.seconds))
+    print(report.spell(kernels.describe(), rows, arguments.output), flush=True)
