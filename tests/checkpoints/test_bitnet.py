@@ -18,24 +18,9 @@ from qsparse_export.nn.quantizers import absmean_ternary
 from qsparse_export.weights import TernaryWeight
 
 transformers = pytest.importorskip("transformers", reason="the oracle of these tests, from the extra [hf]")
-from transformers.integrations.bitnet import pack_weights, replace_with_bitnet_linear  # noqa: E402
+from bitnet_folders import STORAGES, masters, write  # noqa: E402
+from transformers.integrations.bitnet import pack_weights  # noqa: E402
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-STORAGES = {
-    "multiply": {"linear_class": "autobitlinear", "quantization_mode": "offline"},
-    "divide": {"linear_class": "bitlinear", "quantization_mode": "offline"},
-    "online": {"linear_class": "autobitlinear", "quantization_mode": "online"},
-}
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -44,46 +29,6 @@ def eager():
     """transformers compiles its BitNet functions; here they run as written."""
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def masters(model_type="bitnet", tied=True):
-    """A float model of the architecture with random weights, norms and biases."""
-    torch.manual_seed(0)
-    kind = {"bitnet": "BitNet", "llama": "Llama"}[model_type]
-    config = getattr(transformers, f"{kind}Config")(**SIZES, tie_word_embeddings=tied)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    for tensor in model.parameters():
-        tensor.data = torch.randn_like(tensor) * 0.1 + (1.0 if tensor.dim() == 1 else 0.0)
-    return model
-
-
-def write(folder, model, storage, use_rms_norm=False):
-    """The folder as published: packed weights with scales, or masters; returns transformers' own quantised model."""
-    quantization = STORAGES[storage] | {"use_rms_norm": use_rms_norm, "rms_norm_eps": 1e-3}
-    quantized = replace_with_bitnet_linear(model, ["lm_head"], transformers.BitNetQuantConfig(**quantization))
-    source = masters(model.config.model_type, model.config.tie_word_embeddings).state_dict()
-    tensors, live = {}, {}
-    for name, tensor in source.items():
-        module = name.removesuffix(".weight")
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        if not name.endswith("_proj.weight") or storage == "online":
-            tensors[name] = live[name] = tensor
-        else:
-            values, scale = absmean_ternary(tensor)
-            stored = scale.reshape(1) if storage == "multiply" else 1 / scale.reshape(1)
-            packed = pack_weights(values.clone())
-            tensors |= {name: packed, f"{module}.weight_scale": stored}
-            live |= {name: packed if storage == "divide" else values, f"{module}.weight_scale": stored}
-        if name.endswith("_proj.weight") and use_rms_norm:
-            tensors[f"{module}.rms_norm.weight"] = live[f"{module}.rms_norm.weight"] = torch.rand(tensor.shape[1]) + 0.5
-    quantized.load_state_dict(live, strict=False, assign=True)
-    quantized.tie_weights()
-    folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    config = model.config.to_dict() | {"quantization_config": {"quant_method": "bitnet"} | quantization}
-    (folder / "config.json").write_text(json.dumps(config))
-    return quantized.eval()
 
 
 @pytest.mark.parametrize("use_rms_norm", [False, True])
