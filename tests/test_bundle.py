@@ -136,7 +136,7 @@ def test_a_killed_process_leaves_no_bundle_and_the_next_one_cleans_up(tmp_path):
             (folder / "model.onnx").write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
     """
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)]).returncode == -9
+    assert subprocess.run([sys.executable, "-P", "-c", textwrap.dedent(code)]).returncode == -9
     assert not (tmp_path / "b").exists()
     assert len(list(tmp_path.iterdir())) == 1
     make(tmp_path / "b")

@@ -9,7 +9,7 @@ import pytest
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
 
 
 def test_import_is_fast():

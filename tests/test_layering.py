@@ -13,7 +13,7 @@ FOLDERS = {
 # A layer may import itself and what is listed beside it, nothing else: imports point downwards only.
 BASE = {"errors", "config", "weights", "versions"}
 LAYERS: dict[str, set[str]] = {
-    "cli": {"stages", "nn", "passes", "runtimes", "targets", "base"},
+    "cli": {"stages", "nn", "passes", "runtimes", "formats", "targets", "base"},
     "stages": {"nn", "passes", "runtimes", "ops", "formats", "targets", "base"},
     "nn": {"runtimes", "ops", "formats", "base"},
     "passes": {"ops", "formats", "base"},

@@ -137,7 +137,9 @@ def test_nothing_is_read_eagerly(tmp_path, kind):
         "safetensors": lambda p: hugging_face_folder(p, config, tensors),
     }
     path = write[kind](tmp_path / "m")
-    out = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-P", "-c", MEASURE, str(path)], capture_output=True, text=True, check=True
+    ).stdout
     loaded, worst = map(int, out.split())
     assert loaded < 24 and worst < 24 + 2 * 32
     shutil.rmtree(tmp_path)

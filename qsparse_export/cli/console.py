@@ -44,19 +44,33 @@ def print_json(plain: Any) -> None:
 
 
 class Stages:
-    """Shows the name of each stage as it starts and its seconds when the next one starts."""
+    """A bar over the stages of the work, and a line with the seconds of each that is done."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, count: int, *, quiet: bool) -> None:
+        from tqdm import tqdm
+
         self._quiet = quiet
+        self._bar = tqdm(
+            total=count,
+            bar_format="{desc:<10}{bar:24} {n_fmt}/{total_fmt} {elapsed}",
+            leave=False,
+            disable=True if quiet else None,  # None: on a terminal only
+        )
         self._name: str | None = None
         self._start = 0.0
 
     def __call__(self, name: str | None) -> None:
-        """Ends the current stage and begins ``name`` (None: none)."""
+        """Ends the current stage and begins ``name`` (None: all is done)."""
         now = time.perf_counter()
-        if self._name and not self._quiet:
-            say(f"  {self._name:<8} {now - self._start:6.1f} s")
+        if self._name:
+            self._bar.update()
+            if not self._quiet:
+                self._bar.write(f"  {self._name:<8} {now - self._start:6.1f} s", file=sys.stderr)
         self._name, self._start = name, now
+        if name:
+            self._bar.set_description_str(name)
+        else:
+            self._bar.close()
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:

@@ -11,6 +11,8 @@ from qsparse_export.cli.console import Stages, print_json, run, say
 if TYPE_CHECKING:
     from qsparse_export.bundle import Bundle
 
+STAGES = 6  # load, export, lower, compile, verify, bundle
+
 _EPILOG = """\
 MODEL is one of
   model.pt                 this project's own checkpoint (qsparse_export.save), or a name like shape:bitnet-2b-4t,layers=2
@@ -86,7 +88,7 @@ def _command(argv: Sequence[str]) -> None:
         parser().error(
             f"unexpected argument {arguments.what!r}; lists are printed by: qsparse-export list {arguments.what}"
         )
-    stages = Stages(quiet=arguments.json)
+    stages = Stages(STAGES - (arguments.verify == "none"), quiet=arguments.json)
     stages("load")
     from qsparse_export.api import export
     from qsparse_export.loader import load
@@ -161,9 +163,11 @@ def _targets() -> dict[str, str]:
 
 
 def _formats() -> dict[str, str]:
-    from qsparse_export.loader import FORMATS
+    from qsparse_export.formats import FORMATS as WEIGHT_FORMATS
+    from qsparse_export.loader import FORMATS as CHECKPOINT_FORMATS
 
-    return dict(FORMATS)
+    checkpoints = {f"checkpoint {name}": text for name, text in CHECKPOINT_FORMATS.items()}
+    return checkpoints | {f"weights {name}": text for name, text in WEIGHT_FORMATS.items()}
 
 
 def _passes() -> dict[str, str]:

@@ -34,7 +34,7 @@ class OrtRuntime:
 
         Raises TargetError when there is no library for ``target``.
         """
-        from qsparse_export.runtimes.ort.graph_file import write_graph
+        from qsparse_export.runtimes.graph_file import write_graph
 
         files = [*write_graph(model, folder, GRAPH, WEIGHTS)]
         if native:

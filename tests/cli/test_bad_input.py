@@ -34,11 +34,12 @@ CONFIG = ModelConfig(
 )
 
 
+def script(name):
+    return str(Path(sys.executable).with_name(f"qsparse-{name}"))
+
+
 def command(name, *arguments, **options):
-    code = f"import sys; from qsparse_export.cli.{name} import main; sys.exit(main())"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, **options
-    )
+    return subprocess.run([script(name), *map(str, arguments)], capture_output=True, text=True, timeout=300, **options)
 
 
 def export(*arguments, **options):
@@ -232,8 +233,7 @@ def test_full_disk(tmp_path, checkpoint):
 
 def test_killed_in_the_middle(tmp_path, checkpoint):
     out = tmp_path / "out"
-    code = "import sys; from qsparse_export.cli.export import main; sys.exit(main())"
-    process = subprocess.Popen([sys.executable, "-c", code, str(checkpoint), "-o", str(out)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([script("export"), str(checkpoint), "-o", str(out)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".*.partial")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -246,8 +246,7 @@ def test_killed_in_the_middle(tmp_path, checkpoint):
 
 def test_terminated_in_the_middle_cleans_up(tmp_path, checkpoint):
     out = tmp_path / "out"
-    code = "import sys; from qsparse_export.cli.export import main; sys.exit(main())"
-    process = subprocess.Popen([sys.executable, "-c", code, str(checkpoint), "-o", str(out)], stderr=subprocess.PIPE)
+    process = subprocess.Popen([script("export"), str(checkpoint), "-o", str(out)], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".*.partial")) and time.monotonic() < deadline:
         time.sleep(0.01)

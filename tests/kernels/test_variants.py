@@ -158,7 +158,7 @@ def test_only_the_c_interface_is_exported() -> None:
 
 def test_loading_needs_no_onnxruntime() -> None:
     code = "from qsparse_export.runtimes.ort.library import open_library; print(open_library().supported)"
-    done = subprocess.run([sys.executable, "-c", code + "; import sys; assert 'onnxruntime' not in sys.modules"],
+    done = subprocess.run([sys.executable, "-P", "-c", code + "; import sys; assert 'onnxruntime' not in sys.modules"],
                           env=dict(os.environ), capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "generic" in done.stdout

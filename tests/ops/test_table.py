@@ -17,7 +17,7 @@ def model_with(*op_types: str, opset: int = ops.BODY_OPSET) -> ir.Model:
 
 def test_importing_the_table_imports_neither_torch_nor_onnx():
     code = "import sys, qsparse_export.ops; sys.exit(any(m in sys.modules for m in ('torch', 'onnx', 'onnx_ir')))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 
 def test_every_entry_resolves_to_the_op_of_its_name():

@@ -61,5 +61,5 @@ def test_missing_file_is_refused(tmp_path):
 
 
 def test_unknown_runtime_is_refused_with_what_there_is():
-    with pytest.raises(TargetError, match="runs ort, not tvm"):
+    with pytest.raises(TargetError, match="runs ort, reference, not tvm"):
         load_target("cpu").require_runtime("tvm")
