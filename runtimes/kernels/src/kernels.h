@@ -61,23 +61,42 @@ constexpr int64_t kGemmTileBytes = 64;
 constexpr int64_t kGemmTileOutputs = 4 * kGemmTileBytes;
 constexpr int64_t kGemmTileChannels = 256;
 constexpr int64_t kGemmTileRows = 64;
-constexpr int64_t kGemmCodesBytes = kGemmTileOutputs * kGemmTileChannels;
+constexpr int64_t kGemmPanelGap = 64;    // between panels of codes, at most
+constexpr int64_t kGemmMostPanels = 16;  // of a tile
+constexpr int64_t kGemmCodesBytes = kGemmTileOutputs * kGemmTileChannels + kGemmMostPanels * kGemmPanelGap;
 
 struct TernaryTile {
   const uint8_t* w;      // the tile's first byte in row 0
   int64_t row_bytes;     // stride of w
   int64_t bytes;         // of a row in this tile: 32 or 64
-  const int32_t* index;  // the channels; `channels` entries
-  int64_t channels;      // a multiple of 4, at most kGemmTileChannels
-  const int8_t* q;       // [rows, channels], the activations of these channels
+  const int32_t* index;  // the channels; `channels` entries, and `channels_after` more that a later tile reads
+  int64_t channels_after;
+  int64_t channels;  // a multiple of 4, at most kGemmTileChannels
+  const int8_t* q;   // [rows, channels], the activations of these channels
   int64_t q_stride;
   int64_t rows;    // at most kGemmTileRows
   uint8_t* codes;  // workspace, kGemmCodesBytes, aligned to 64
 };
 
+// A tile reads one line of every channel's row, which no hardware prefetcher follows: fetches those of the four
+// channels from position `first` on.
+inline void prefetch_tile_rows(const TernaryTile& tile, int64_t first) {
+  if (first + 4 > tile.channels + tile.channels_after) return;
+  for (int64_t i = first; i < first + 4; ++i) __builtin_prefetch(tile.w + tile.index[i] * tile.row_bytes);
+}
+constexpr int64_t kPrefetchQuads = 8;  // quads of channels ahead
+
+// What the M > 1 paths cost beside `gemv`, whose time per channel and row is 1: `unpack` per channel, `multiply` per
+// channel and row. Measured or, where noted, counted in instructions; docs/benchmarks.md has the figures.
+struct GemmCost {
+  float unpack;
+  float multiply;
+};
+
 struct TernaryKernels {
   // Sums are kept for whole blocks of this many row bytes, four int32 per byte, in the kernel's own order; 32 or 64.
   int64_t block_bytes;
+  GemmCost gemm_cost;
   // sums[.] += q * code over `count` channels (at most kGemvRows). The rows `next` are read soon: prefetch them.
   void (*gemv)(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
                const int32_t* next, int64_t next_count, int32_t* sums);

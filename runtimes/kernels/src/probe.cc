@@ -1,7 +1,5 @@
 #include "qsk/probe.h"
 
-#include <string.h>
-
 #include <atomic>
 
 #include "work.h"
@@ -12,16 +10,28 @@ namespace {
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPieceBytes = 64 << 10;
 
+// Vectors of the baseline, so that summing is faster than any cache delivers.
+typedef uint64_t Words __attribute__((vector_size(16), aligned(1), may_alias));
+
+Words at(const uint8_t* p) { return *reinterpret_cast<const Words*>(p); }
+
 uint64_t sum_row(const uint8_t* row, int64_t bytes, const uint8_t* ahead) {
-  constexpr int64_t kWords = 4;
-  uint64_t sums[kWords] = {};
-  for (int64_t at = 0; at < bytes; at += kWords * 8) {
-    if (ahead != nullptr && at % kLineBytes == 0) __builtin_prefetch(ahead + at);
-    uint64_t words[kWords];
-    memcpy(words, row + at, sizeof words);
-    for (int64_t i = 0; i < kWords; ++i) sums[i] += words[i];
+  Words a = {}, b = {}, c = {}, d = {};
+  int64_t i = 0;
+  for (; i + kLineBytes <= bytes; i += kLineBytes) {
+    if (ahead != nullptr) __builtin_prefetch(ahead + i);
+    a += at(row + i);
+    b += at(row + i + 16);
+    c += at(row + i + 32);
+    d += at(row + i + 48);
   }
-  return sums[0] + sums[1] + sums[2] + sums[3];
+  if (i < bytes) {
+    if (ahead != nullptr) __builtin_prefetch(ahead + i);
+    a += at(row + i);
+    b += at(row + i + 16);
+  }
+  a += b + c + d;
+  return a[0] + a[1];
 }
 
 }  // namespace

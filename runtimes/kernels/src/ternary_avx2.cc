@@ -106,6 +106,9 @@ void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_
   }
 }
 
+// Panels start a line further than their contents need: 4096 bytes apart, all of them would share one set of the cache.
+int64_t panel_bytes(int64_t quads) { return quads * 64 + kGemmPanelGap; }
+
 // Four channels' bytes as [panel of two vectors][quad of channels][two vectors]: each 32-bit lane holds the four codes
 // of one output, in the order of the sums.
 void unpack(const TernaryTile& tile) {
@@ -114,6 +117,7 @@ void unpack(const TernaryTile& tile) {
   for (int64_t t = 0; t < quads; ++t) {
     const uint8_t* rows[4];
     for (int i = 0; i < 4; ++i) rows[i] = tile.w + tile.index[4 * t + i] * tile.row_bytes;
+    prefetch_tile_rows(tile, 4 * (t + kPrefetchQuads));
     for (int64_t column = 0; column < tile.bytes; column += kBlockBytes) {
       const __m256i a = load(rows[0] + column), b = load(rows[1] + column);
       const __m256i c = load(rows[2] + column), d = load(rows[3] + column);
@@ -123,10 +127,10 @@ void unpack(const TernaryTile& tile) {
                                 _mm256_unpacklo_epi16(ab1, cd1), _mm256_unpackhi_epi16(ab1, cd1)};
       for (int h = 0; h < 4; ++h) {
         const int64_t panel = column / kBlockBytes * 8 + 2 * h;  // the planes 0 and 1; then 2 and 3
-        uint8_t* out = tile.codes + (panel * quads + t) * 64;
+        uint8_t* out = tile.codes + panel * panel_bytes(quads) + t * 64;
         store(out, _mm256_and_si256(bytes[h], low));
         store(out + 32, _mm256_and_si256(_mm256_srli_epi16(bytes[h], 2), low));
-        out += quads * 64;
+        out += panel_bytes(quads);
         store(out, _mm256_and_si256(_mm256_srli_epi16(bytes[h], 4), low));
         store(out + 32, _mm256_and_si256(_mm256_srli_epi16(bytes[h], 6), low));
       }
@@ -166,7 +170,7 @@ void gemm(const TernaryTile& tile, int32_t* sums) {
   const int64_t quads = tile.channels / 4;
   const int64_t panels = tile.bytes / kBlockBytes * 8;
   for (int64_t panel = 0; panel < panels; ++panel) {
-    const uint8_t* codes = tile.codes + panel * quads * 64;
+    const uint8_t* codes = tile.codes + panel * panel_bytes(quads);
     int64_t row = 0;
     while (row < tile.rows) {
       const int8_t* q = tile.q + row * tile.q_stride;
@@ -228,6 +232,6 @@ void finish(const int32_t* const* parts, int64_t part_count, int64_t begin, int6
 
 }  // namespace
 
-const TernaryKernels ternary_avx2 = {kBlockBytes, gemv, gemm, finish};
+const TernaryKernels ternary_avx2 = {kBlockBytes, {1.0f, 0.6f}, gemv, gemm, finish};
 
 }  // namespace qsk

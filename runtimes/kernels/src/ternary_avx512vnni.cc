@@ -80,6 +80,9 @@ void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_
   }
 }
 
+// Panels start a line further than their contents need: 8192 bytes apart, all of them would share one set of the cache.
+int64_t panel_bytes(int64_t quads) { return quads * 128 + kGemmPanelGap; }
+
 // Four channels' bytes as [panel of two vectors][quad of channels][two vectors]: each 32-bit lane holds the four codes
 // of one output, in the order of the sums.
 void unpack(const TernaryTile& tile) {
@@ -89,14 +92,15 @@ void unpack(const TernaryTile& tile) {
   for (int64_t t = 0; t < quads; ++t) {
     const uint8_t* rows[4];
     for (int i = 0; i < 4; ++i) rows[i] = tile.w + tile.index[4 * t + i] * tile.row_bytes;
+    prefetch_tile_rows(tile, 4 * (t + kPrefetchQuads));
     __m512i bytes[4];
     interleave(load_bytes(rows[0], is_half), load_bytes(rows[1], is_half), load_bytes(rows[2], is_half),
                load_bytes(rows[3], is_half), bytes);
     for (int h = 0; h < 4; ++h) {
-      uint8_t* out = tile.codes + (2 * h * quads + t) * 128;
+      uint8_t* out = tile.codes + 2 * h * panel_bytes(quads) + t * 128;
       store(out, _mm512_and_si512(bytes[h], low));
       store(out + 64, _mm512_and_si512(_mm512_srli_epi16(bytes[h], 2), low));
-      out += quads * 128;
+      out += panel_bytes(quads);
       store(out, _mm512_and_si512(_mm512_srli_epi16(bytes[h], 4), low));
       store(out + 64, _mm512_and_si512(_mm512_srli_epi16(bytes[h], 6), low));
     }
@@ -134,7 +138,7 @@ void gemm(const TernaryTile& tile, int32_t* sums) {
   unpack(tile);
   const int64_t quads = tile.channels / 4;
   for (int64_t panel = 0; panel < 8; ++panel) {
-    const uint8_t* codes = tile.codes + panel * quads * 128;
+    const uint8_t* codes = tile.codes + panel * panel_bytes(quads);
     int64_t row = 0;
     while (row < tile.rows) {
       const int8_t* q = tile.q + row * tile.q_stride;
@@ -196,6 +200,6 @@ void finish(const int32_t* const* parts, int64_t part_count, int64_t begin, int6
 
 }  // namespace
 
-const TernaryKernels ternary_avx512vnni = {kBlockBytes, gemv, gemm, finish};
+const TernaryKernels ternary_avx512vnni = {kBlockBytes, {1.2f, 0.5f}, gemv, gemm, finish};
 
 }  // namespace qsk

@@ -44,6 +44,6 @@ void finish(const int32_t* const* parts, int64_t part_count, int64_t begin, int6
 
 }  // namespace
 
-const TernaryKernels ternary_generic = {32, gemv, gemm, finish};
+const TernaryKernels ternary_generic = {32, {0.3f, 1.0f}, gemv, gemm, finish};
 
 }  // namespace qsk

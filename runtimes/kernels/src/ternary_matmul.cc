@@ -1,6 +1,9 @@
 // The driver of TernaryMatMul: quantise, list the active channels, then
-// - few rows: one pass per row over the active channels only, which the workers share among themselves;
-// - more rows: an int8 GEMM over the channels that are active in any row, weights unpacked tile by tile.
+// - one row: one pass over its active channels, which the workers share among themselves;
+// - several rows, by the rule in `skips`: either batches of rows that pass over the weights together, each row adding
+// up
+//   its own active channels while their weights are in the cache,
+// - or an int8 GEMM over the channels that are active in any row, weights unpacked tile by tile.
 #include "qsk/ternary_matmul.h"
 
 #include <math.h>
@@ -14,10 +17,12 @@ namespace qsk {
 namespace {
 
 constexpr int64_t kLargestK = 8000000;         // 128 * 2 * k must fit int32
-constexpr int64_t kGemmRows = 4;               // from here on unpacking a tile pays
+constexpr int64_t kBatchRows = 8;              // rows whose sums stay in the cache together
+constexpr int64_t kBatchBytes = 128 << 10;     // of weights that a batch takes at a time
 constexpr int64_t kBytesPerWorker = 32 << 10;  // of weights: below that a second thread costs more than it brings
 constexpr int64_t kPieceBytes = 32 << 10;      // of weights that a worker takes at a time, at least
 constexpr int64_t kSlack = 64;                 // elements that vector stores may write past a list's end
+constexpr int64_t kQuantizePiece = 32768;      // elements that one thread quantises faster than it can wake another
 constexpr int64_t kFinishPiece = 8192;         // sums that one thread adds up faster than it can wake another
 
 // The active channels of a row, or of any row.
@@ -32,10 +37,12 @@ struct Workspace {
   float* x;   // [workers, k] rows converted from float16
   int8_t* q;  // [m, q_stride]
   int64_t q_stride;
-  float* gamma;    // [m]
-  int32_t* q_sum;  // [m]
-  Active active;   // one row's, or the union's
-  int32_t* sums;   // [workers, sums_stride]
+  float* gamma;              // [m]
+  int32_t* q_sum;            // [m]
+  int32_t* active_count;     // [m] q that are not 0, for m > 1
+  Active active;             // one row's, or the union's
+  Active batch[kBatchRows];  // those of each row of a batch
+  int32_t* sums;             // [workers, sums_stride]
   int64_t sums_stride;
   bool* is_filled;        // [workers] which of them had a piece
   const int32_t** parts;  // [workers] the sums of those
@@ -51,6 +58,7 @@ struct Call {
   const qsk_parallel* parallel;
   int64_t workers;
   int64_t row_bytes;
+  int64_t padded_outputs;  // that a row of sums has
   Workspace work;
 };
 
@@ -59,27 +67,36 @@ int64_t workers_for(const qsk_ternary_matmul_args& args, const qsk_parallel* par
   return min_of(worker_count(parallel), max_of(1, weight_bytes / kBytesPerWorker * max_of(1, args.m)));
 }
 
-bool uses_gemm(const qsk_ternary_matmul_args& args) { return args.m >= kGemmRows; }
+int64_t sums_per_row(const qsk_ternary_matmul_args& args) {
+  return round_up(qsk_ternary_row_bytes(args.n), kGemmTileBytes) * 4;
+}
 
 Workspace lay_out(const qsk_ternary_matmul_args& args, int64_t workers, void* base) {
   Scratch scratch(base);
   Workspace work = {};
   const bool half = args.type == QSK_FLOAT16;
-  const int64_t padded_outputs = round_up(qsk_ternary_row_bytes(args.n), kGemmTileBytes) * 4;
+  const int64_t padded_outputs = sums_per_row(args);
   work.q_stride = round_up(args.k + kSlack, 64);
   work.x = scratch.take<float>(half ? workers * args.k : 0);
   work.q = scratch.take<int8_t>(args.m * work.q_stride);
   work.gamma = scratch.take<float>(args.m);
   work.q_sum = scratch.take<int32_t>(args.m);
+  work.active_count = scratch.take<int32_t>(args.m);
   work.active.index = scratch.take<int32_t>(args.k + kSlack);
   work.active.value = scratch.take<int8_t>(args.k + kSlack);
-  work.sums_stride = uses_gemm(args) ? kGemmTileRows * kGemmTileOutputs : padded_outputs;
+  const bool several = args.m > 1;
+  for (int64_t row = 0; several && row < min_of(kBatchRows, args.m); ++row) {
+    work.batch[row].index = scratch.take<int32_t>(args.k + kSlack);
+    work.batch[row].value = scratch.take<int8_t>(args.k + kSlack);
+  }
+  work.sums_stride = min_of(kBatchRows, args.m) * padded_outputs;
+  if (several) work.sums_stride = max_of(work.sums_stride, kGemmTileRows * kGemmTileOutputs);
   work.sums = scratch.take<int32_t>(workers * work.sums_stride);
   work.is_filled = scratch.take<bool>(workers);
   work.parts = scratch.take<const int32_t*>(workers);
-  work.codes = scratch.take<uint8_t>(uses_gemm(args) ? workers * kGemmCodesBytes : 0);
-  work.y_stride = uses_gemm(args) ? kGemmTileOutputs : padded_outputs;
-  work.y = scratch.take<float>(half ? (uses_gemm(args) ? workers : 1) * work.y_stride : 0);
+  work.codes = scratch.take<uint8_t>(several ? workers * kGemmCodesBytes : 0);
+  work.y_stride = max_of(kGemmTileOutputs, kFinishPiece);
+  work.y = scratch.take<float>(half ? workers * work.y_stride : 0);
   work.bytes = scratch.used();
   return work;
 }
@@ -105,6 +122,11 @@ void quantize(const Call& call, int64_t row, int64_t worker) {
   int8_t* q = call.work.q + row * call.work.q_stride;
   call.work.gamma[row] = quantize_row(*call.variant.quantize, x, args.k, q, &call.work.q_sum[row]);
   memset(q + args.k, 0, call.work.q_stride - args.k);
+  if (args.m > 1) {
+    int32_t count = 0;
+    for (int64_t c = 0; c < args.k; ++c) count += q[c] != 0;
+    call.work.active_count[row] = count;
+  }
 }
 
 // y[row, begin .. begin + n) from the sums of the outputs sums_begin and up; `y` is float32 scratch for float16
@@ -147,11 +169,30 @@ void add_pieces(const Call& call, const Active& active, int64_t piece_channels, 
   }
 }
 
+// y[first .. first + count) from the sums of all workers that had work, those of row `first` first.
+void finish_rows(const Call& call, int64_t workers, int64_t first, int64_t count) {
+  const Workspace& work = call.work;
+  int64_t part_count = 0;
+  for (int64_t worker = 0; worker < workers; ++worker) {
+    if (work.is_filled[worker]) work.parts[part_count++] = work.sums + worker * work.sums_stride;
+  }
+  const int64_t n = call.args.n, pieces_per_row = ceil_div(n, kFinishPiece);
+  Pieces pieces(count * pieces_per_row);
+  auto body = [&](int64_t worker) {
+    for (int64_t piece = pieces.take(); piece >= 0; piece = pieces.take()) {
+      const int64_t row = piece / pieces_per_row, begin = piece % pieces_per_row * kFinishPiece;
+      finish(call, work.parts, part_count, row * call.padded_outputs + begin, first + row, begin,
+             min_of(kFinishPiece, n - begin), work.y + worker * work.y_stride);
+    }
+  };
+  run_workers(call.parallel, min_of(workers, count * n / kFinishPiece), body);
+}
+
 // One row: the workers share the active channels, so that each reads whole rows of weights, and their sums are added.
-void multiply_row(const Call& call, int64_t row) {
+void multiply_row(const Call& call) {
   const Workspace& work = call.work;
   Active active = work.active;
-  active.count = call.variant.quantize->compact(work.q + row * work.q_stride, call.args.k, active.index, active.value);
+  active.count = call.variant.quantize->compact(work.q, call.args.k, active.index, active.value);
 
   const int64_t workers = min_of(call.workers, max_of(1, active.count * call.row_bytes / kBytesPerWorker));
   const int64_t piece_channels = workers == 1 ? round_up(max_of(1, active.count), kGemvRows)
@@ -161,22 +202,10 @@ void multiply_row(const Call& call, int64_t row) {
   auto accumulate = [&](int64_t worker) { add_pieces(call, active, piece_channels, pieces, worker); };
   run_workers(call.parallel, workers, accumulate);
 
-  int64_t part_count = 0;
-  for (int64_t worker = 0; worker < workers; ++worker) {
-    if (work.is_filled[worker]) work.parts[part_count++] = work.sums + worker * work.sums_stride;
-  }
-  const int64_t n = call.args.n;
-  Pieces outputs(ceil_div(n, kFinishPiece));
-  auto finish_pieces = [&](int64_t) {
-    for (int64_t piece = outputs.take(); piece >= 0; piece = outputs.take()) {
-      const int64_t begin = piece * kFinishPiece;
-      finish(call, work.parts, part_count, begin, row, begin, min_of(kFinishPiece, n - begin), work.y + begin);
-    }
-  };
-  run_workers(call.parallel, min_of(workers, ceil_div(n, kFinishPiece)), finish_pieces);
+  finish_rows(call, workers, 0, 1);
 }
 
-// Lists the channels that are active in any row and, unless that is nearly all of them, closes the gaps in q.
+// Lists the channels that are active in any row, or all of them where that is nearly all.
 Active unite(const Call& call) {
   const Workspace& work = call.work;
   const int64_t m = call.args.m, k = call.args.k;
@@ -213,6 +242,79 @@ void close_gaps(const Call& call, const Active& active, int64_t row) {
   for (int64_t c = active.count; c % 4 != 0; ++c) q[c] = 0;
 }
 
+// Whether each row on its own, skipping what is inactive in it, costs less than the GEMM over `any`, the union.
+bool skips(const Call& call, const Active& any) {
+  int64_t active = 0;
+  for (int64_t row = 0; row < call.args.m; ++row) active += call.work.active_count[row];
+  const GemmCost& cost = call.variant.ternary->gemm_cost;
+  const float gemm = static_cast<float>(any.count) * (cost.unpack + cost.multiply * static_cast<float>(call.args.m));
+  return static_cast<float>(active) <= gemm;
+}
+
+// The position in `active` of the first channel that is not below `channel`.
+int64_t position_of(const Active& active, int64_t channel) {
+  int64_t low = 0, high = active.count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (active.index[middle] < channel) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Takes pieces of all channels until none is left. The first row of a batch that adds up a piece brings its weights
+// into the cache, unless they were prefetched during the piece before.
+void add_batch_pieces(const Call& call, const Active* batch, int64_t rows, const Active& any, int64_t piece_channels,
+                      Pieces& pieces, int64_t worker) {
+  int64_t piece = pieces.take();
+  if (piece < 0) return;
+  int32_t* sums = call.work.sums + worker * call.work.sums_stride;
+  memset(sums, 0, rows * call.padded_outputs * sizeof *sums);
+  call.work.is_filled[worker] = true;
+  while (piece >= 0) {
+    const int64_t next_piece = pieces.take();
+    int64_t ahead = next_piece < 0 ? 0 : position_of(any, next_piece * piece_channels);
+    const int64_t ahead_end = next_piece < 0 ? 0 : position_of(any, (next_piece + 1) * piece_channels);
+    for (int64_t row = 0; row < rows; ++row) {
+      const Active& active = batch[row];
+      const int64_t end = position_of(active, (piece + 1) * piece_channels);
+      for (int64_t begin = position_of(active, piece * piece_channels); begin < end; begin += kGemvRows) {
+        const int64_t ahead_count = min_of(kGemvRows, ahead_end - ahead);
+        call.variant.ternary->gemv(call.args.w, call.row_bytes, active.index + begin, active.value + begin,
+                                   min_of(kGemvRows, end - begin), any.index + ahead, ahead_count,
+                                   sums + row * call.padded_outputs);
+        ahead += ahead_count;
+      }
+    }
+    piece = next_piece;
+  }
+}
+
+// Rows in batches: one pass over the weights for each batch, in pieces that all of its rows find in the cache.
+void multiply_batches(const Call& call, const Active& any) {
+  const Workspace& work = call.work;
+  const int64_t m = call.args.m, k = call.args.k;
+  const int64_t piece_channels = round_up(ceil_div(kBatchBytes, call.row_bytes), kGemvRows);
+  const int64_t workers = min_of(call.workers, ceil_div(k, piece_channels));
+  for (int64_t first = 0; first < m; first += kBatchRows) {
+    const int64_t rows = min_of(kBatchRows, m - first);
+    Active batch[kBatchRows];
+    for (int64_t row = 0; row < rows; ++row) {
+      Active& active = batch[row] = work.batch[row];
+      const int8_t* q = work.q + (first + row) * work.q_stride;
+      active.count = call.variant.quantize->compact(q, k, active.index, active.value);
+    }
+    Pieces pieces(ceil_div(k, piece_channels));
+    memset(work.is_filled, 0, max_of(1, workers) * sizeof *work.is_filled);
+    auto body = [&](int64_t worker) { add_batch_pieces(call, batch, rows, any, piece_channels, pieces, worker); };
+    run_workers(call.parallel, workers, body);
+    finish_rows(call, workers, first, rows);
+  }
+}
+
 struct Tiling {
   int64_t columns;  // tiles over the outputs
   int64_t rows;     // tiles over m
@@ -235,6 +337,7 @@ void multiply_tile(const Call& call, const Active& active, const Tiling& tiling,
   for (int64_t begin = 0; begin < active.count; begin += kGemmTileChannels) {
     tile.index = active.index + begin;
     tile.channels = round_up(min_of(kGemmTileChannels, active.count - begin), 4);
+    tile.channels_after = max_of(0, active.count - begin - tile.channels);
     tile.q = work.q + first_row * work.q_stride + begin;
     call.variant.ternary->gemm(tile, sums);
   }
@@ -246,8 +349,7 @@ void multiply_tile(const Call& call, const Active& active, const Tiling& tiling,
   }
 }
 
-void multiply_rows(const Call& call) {
-  const Active active = unite(call);
+void multiply_rows(const Call& call, const Active& active) {
   const int64_t m = call.args.m;
   if (active.count < call.args.k) {
     Pieces rows(m);
@@ -288,18 +390,25 @@ int qsk_ternary_matmul(const qsk_variant* variant, const qsk_ternary_matmul_args
   const int64_t workers = qsk::workers_for(*args, parallel);
   const qsk::Workspace work = qsk::lay_out(*args, workers, scratch);
   if (scratch_bytes < work.bytes) return QSK_SCRATCH_TOO_SMALL;
-  const qsk::Call call = {*variant, *args, parallel, workers, qsk_ternary_row_bytes(args->n), work};
+  const qsk::Call call = {*variant, *args, parallel, workers, qsk_ternary_row_bytes(args->n), qsk::sums_per_row(*args),
+                          work};
 
   qsk::Pieces rows(args->m);
   auto quantize_rows = [&](int64_t worker) {
     for (int64_t row = rows.take(); row >= 0; row = rows.take()) qsk::quantize(call, row, worker);
   };
-  qsk::run_workers(parallel, args->m < qsk::kGemmRows ? 1 : qsk::min_of(workers, args->m), quantize_rows);
+  qsk::run_workers(parallel, args->m * args->k < qsk::kQuantizePiece ? 1 : qsk::min_of(workers, args->m),
+                   quantize_rows);
 
-  if (qsk::uses_gemm(*args)) {
-    qsk::multiply_rows(call);
+  if (args->m == 1) {
+    qsk::multiply_row(call);
+    return QSK_OK;
+  }
+  const qsk::Active any = qsk::unite(call);
+  if (qsk::skips(call, any)) {
+    qsk::multiply_batches(call, any);
   } else {
-    for (int64_t row = 0; row < args->m; ++row) qsk::multiply_row(call, row);
+    qsk::multiply_rows(call, any);
   }
   return QSK_OK;
 }

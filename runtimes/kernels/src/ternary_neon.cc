@@ -117,6 +117,6 @@ void gemm(const TernaryTile& tile, int32_t* sums) {
 
 }  // namespace
 
-const TernaryKernels ternary_neon = {32, gemv, gemm, finish};
+const TernaryKernels ternary_neon = {32, {1.0f, 0.6f}, gemv, gemm, finish};
 
 }  // namespace qsk

@@ -135,6 +135,6 @@ void gemm(const TernaryTile& tile, int32_t* sums) {
 
 }  // namespace
 
-const TernaryKernels ternary_neondot = {32, gemv, gemm, finish};
+const TernaryKernels ternary_neondot = {32, {1.0f, 0.6f}, gemv, gemm, finish};
 
 }  // namespace qsk
