@@ -31,5 +31,8 @@ def add_decoder_files(
     library = next((name for name in files if name.endswith((".so", ".dylib", ".dll"))), None)
     plain = genai_config(config.to_dict(), graph, library)
     (folder / "genai_config.json").write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
-    for name, content in (tokenizer or {}).items():
+    tokens = dict(tokenizer or {})
+    if "tokenizer.json" in tokens:  # onnxruntime-genai refuses a tokenizer without the second file
+        tokens.setdefault("tokenizer_config.json", b'{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
+    for name, content in tokens.items():
         (folder / name).write_bytes(content)

@@ -15,7 +15,8 @@ def genai_config(model: Mapping[str, Any], graph: str, library: str | None) -> d
     session: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
     if library:
         session["custom_ops_library"] = library
-    eos = list(model["eos_token_ids"]) or [0]
+    # genai 0.18 stops at id 0 (often a real token) when none is given: the last id is the least likely to be text.
+    eos = list(model["eos_token_ids"]) or [model["vocab_size"] - 1]
     config: dict[str, Any] = {
         "model": {
             "type": "llama",  # one of genai's own list; it selects the decoder loop, not the architecture
