@@ -28,6 +28,7 @@ __all__ = [
 OPS: dict[str, str] = {
     "TopKSparsify": "qsparse_export.ops.topk_sparsify",
     "TernaryMatMul": "qsparse_export.ops.ternary_matmul",
+    "SparseTernaryMatMul": "qsparse_export.ops.sparse_ternary_matmul",
 }
 """ONNX name of each op -> the module that holds everything about it, in its constant ``OP``."""
 
@@ -48,16 +49,26 @@ def register() -> None:
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What ``torch.onnx.export(custom_translation_table=...)`` needs to keep the ops whole; registers them first."""
     register()
-    return {op(name).torch_op: op(name).translate for name in OPS}
+    entries = [op(name) for name in OPS]
+    return {entry.torch_op: entry.translate for entry in entries if entry.torch_op and entry.translate}
 
 
 def functions(model: ir.Model) -> list[ir.Function]:
-    """Function bodies of the ops that ``model`` uses, in its graph, its subgraphs or its functions."""
+    """Function bodies of the ops that ``model`` uses, in its graph, its subgraphs, its functions or these bodies."""
+    bodies: dict[str, ir.Function] = {}
     graphs = [model.graph, *(function.graph for function in model.functions.values())]
-    used = {node.op_type for graph in graphs for node in graph.all_nodes() if node.domain == DOMAIN}
-    for name in used - set(OPS):
-        raise UsageError(f"the model uses {DOMAIN}::{name}, which has no function body; {near_names(name, OPS)}")
-    return [op(name).body() for name in OPS if name in used]
+    while graphs:
+        for node in graphs.pop().all_nodes():
+            name = node.op_type
+            if node.domain != DOMAIN or name in bodies:
+                continue
+            if name not in OPS:
+                raise UsageError(
+                    f"the model uses {DOMAIN}::{name}, which has no function body; {near_names(name, OPS)}"
+                )
+            bodies[name] = op(name).body()
+            graphs.append(bodies[name].graph)
+    return [bodies[name] for name in OPS if name in bodies]
 
 
 def attach_functions(model: ir.Model) -> ir.Model:

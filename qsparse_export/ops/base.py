@@ -22,14 +22,14 @@ class Op:
     """One operator of the domain ``ai.qsparse``.
 
     ``torch_op`` is the overload under ``torch.ops.qsparse`` and ``translate`` its ONNX translation (for
-    ``torch.onnx.export(custom_translation_table=...)``); ``schema`` builds the ONNX schema with its shape inference;
-    ``body_text`` is the function body in ONNX's text form, the portable implementation; ``reference`` is the slow and
-    obvious NumPy definition that judges all others.
+    ``torch.onnx.export(custom_translation_table=...)``), both None for an op that only a pass makes; ``schema`` builds
+    the ONNX schema with its shape inference; ``body_text`` is the function body in ONNX's text form, the portable
+    implementation; ``reference`` is the slow and obvious NumPy definition that judges all others.
     """
 
     name: str
-    torch_op: Callable[..., Any]
-    translate: Callable[..., Any]
+    torch_op: Callable[..., Any] | None
+    translate: Callable[..., Any] | None
     schema: Callable[[], onnx.defs.OpSchema]
     body_text: str
     reference: Callable[..., np.ndarray]

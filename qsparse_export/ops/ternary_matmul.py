@@ -142,9 +142,8 @@ def _schema() -> onnx.defs.OpSchema:
     return schema
 
 
-def _weights_of_byte() -> str:
-    """int8 [256, 4] in ONNX text: the four weights of each byte, lowest bits first (code 3 never occurs)."""
-    return ", ".join(str((byte >> shift & 3) - 1) for byte in range(256) for shift in (0, 2, 4, 6))
+WEIGHTS_OF_BYTE = ", ".join(str((byte >> shift & 3) - 1) for byte in range(256) for shift in (0, 2, 4, 6))
+"""int8 [256, 4] in ONNX text: the four weights of each byte, lowest bits first (code 3 never occurs)."""
 
 
 # A constant w folds to its int8 [K, N] form when a session is made. MatMulInteger is fastest with uint8 activations
@@ -170,7 +169,7 @@ TernaryMatMul <n> (x, w, scale) => (y)
   q_max = Constant <value = float {{127.0}}> ()
   offset = Constant <value = float {{128.0}}> ()
   zero_point = Constant <value = uint8 {{128}}> ()
-  weights_of_byte = Constant <value = int8[256, 4] {{{_weights_of_byte()}}}> ()
+  weights_of_byte = Constant <value = int8[256, 4] {{{WEIGHTS_OF_BYTE}}}> ()
 
   bytes = Cast <to = 6> (w)
   by_byte = Gather <axis = 0> (weights_of_byte, bytes)

@@ -70,6 +70,18 @@ OrtStatus* read_int(const OrtApi& api, const OrtKernelInfo* info, const char* op
   return status == nullptr ? nullptr : attribute_error(api, op, name, "int", status);
 }
 
+OrtStatus* read_ints(const OrtApi& api, const OrtKernelInfo* info, const char* op, const char* name, int64_t* values,
+                     size_t capacity, size_t* count) {
+  *count = 0;
+  OrtStatus* status = api.KernelInfoGetAttributeArray_int64(info, name, nullptr, count);
+  if (status == nullptr && *count > capacity) {
+    return error(api, std::string("ai.qsparse:") + op + ": " + name + " has " + std::to_string(*count) +
+                          " entries; at most " + std::to_string(capacity) + " are supported");
+  }
+  if (status == nullptr && *count > 0) status = api.KernelInfoGetAttributeArray_int64(info, name, values, count);
+  return status == nullptr ? nullptr : attribute_error(api, op, name, "ints", status);
+}
+
 OrtStatus* read_string(const OrtApi& api, const OrtKernelInfo* info, const char* op, const char* name,
                        std::string* value) {
   size_t size = 0;

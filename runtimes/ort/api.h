@@ -30,6 +30,9 @@ OrtStatus* shape_of(const OrtApi& api, const OrtValue* value, Shape* shape);
 std::string to_string(const Shape& shape);
 
 OrtStatus* read_int(const OrtApi& api, const OrtKernelInfo* info, const char* op, const char* name, int64_t* value);
+// At most `capacity` values; an error when there are more.
+OrtStatus* read_ints(const OrtApi& api, const OrtKernelInfo* info, const char* op, const char* name, int64_t* values,
+                     size_t capacity, size_t* count);
 OrtStatus* read_string(const OrtApi& api, const OrtKernelInfo* info, const char* op, const char* name,
                        std::string* value);
 

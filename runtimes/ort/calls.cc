@@ -14,7 +14,7 @@ std::atomic<int64_t> calls[kOpCount][kMostVariants];
 }  // namespace
 
 const char* op_name(Op op) {
-  static const char* const names[kOpCount] = {"TopKSparsify", "TernaryMatMul"};
+  static const char* const names[kOpCount] = {"TopKSparsify", "TernaryMatMul", "SparseTernaryMatMul"};
   return names[op];
 }
 
@@ -50,4 +50,4 @@ void qsparse_ort_reset_calls() {
   }
 }
 
-const char* qsparse_ort_ops() { return "TopKSparsify TernaryMatMul"; }
+const char* qsparse_ort_ops() { return "TopKSparsify TernaryMatMul SparseTernaryMatMul"; }

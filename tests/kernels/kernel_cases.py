@@ -89,7 +89,31 @@ class Ternary:
         np.testing.assert_array_equal(y, expected, err_msg=f"{self.x.shape} {self.weights.shape} {self.workers}")
 
 
-Case = TopK | Quantize | Ternary
+@dataclass(frozen=True)
+class Sparse:
+    """SparseTernaryMatMul: a selection and several matrices [n_i, k] on the same x."""
+
+    x: np.ndarray
+    matrices: tuple[np.ndarray, ...]
+    k: int
+    block: int = 0
+    workers: int = 1
+
+    @property
+    def scales(self) -> np.ndarray:
+        return np.linspace(0.01, 0.3, len(self.matrices)).astype(np.float32)
+
+    def check(self, y: np.ndarray) -> None:
+        masked = topk_reference(self.x, self.k, self.block, False)
+        parts = [
+            ternary_reference(masked, weights, scale) for weights, scale in zip(self.matrices, self.scales, strict=True)
+        ]
+        shapes = [weights.shape for weights in self.matrices]
+        expected = np.concatenate(parts, axis=1) if parts else np.zeros((len(self.x), 0), self.x.dtype)
+        np.testing.assert_array_equal(y, expected, err_msg=f"{self.x.shape} {shapes} {self.k} {self.workers}")
+
+
+Case = TopK | Quantize | Ternary | Sparse
 
 
 def magnitudes(rng: np.random.Generator, rows: int, width: int, kind: str) -> np.ndarray:
@@ -209,9 +233,25 @@ def ternary_cases(rng: np.random.Generator) -> Iterator[Ternary]:
             yield Ternary(x, ternary_weights(np.random.default_rng(6), 2730, 2730, "sparse"), workers=workers)
 
 
+def sparse_cases(rng: np.random.Generator) -> Iterator[Sparse]:
+    splits = ((), (0,), (130,), (128, 128, 128), (1, 127, 129), (64, 0, 200, 3), (256, 513), (2560, 640, 640))
+    for i, kind in enumerate(KINDS):
+        for j, width in enumerate((1, 31, 64, 129, 513)):
+            m, split = ROWS[(i + 3 * j) % len(ROWS)], splits[(i + j) % len(splits)]
+            x = as_type(magnitudes(rng, m, width, kind), np.float16 if (i + j) % 3 == 0 else np.float32)
+            matrices = tuple(ternary_weights(rng, n, width, kind) for n in split)
+            block = (0, 32, 0, 7)[(i + j) % 4]
+            yield Sparse(x, matrices, (block or width) * (i % 4) // 3, block, 1 + j % 3)
+    for m in (1, 2, 8, 9, 33):
+        x = magnitudes(rng, m, 1024, "normal")
+        matrices = tuple(ternary_weights(rng, n, 1024, "normal") for n in (640, 130, 130))
+        for k in (300, 1024):
+            yield Sparse(x, matrices, k, workers=2)
+
+
 def all_cases(seed: int = 1) -> list[Case]:
     rng = np.random.default_rng(seed)
-    return [*topk_cases(rng), *quantize_cases(rng), *ternary_cases(rng)]
+    return [*topk_cases(rng), *quantize_cases(rng), *ternary_cases(rng), *sparse_cases(rng)]
 
 
 def some_cases(seed: int = 2) -> list[Case]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kernel_cases import Case, Quantize, Ternary, TopK
+from kernel_cases import Case, Quantize, Sparse, Ternary, TopK
 from qsparse_export.runtimes.ort.library import Library
 
 from qsparse_export.formats import ternary
@@ -24,7 +24,7 @@ from qsparse_export.formats import ternary
 ROOT = Path(__file__).resolve().parents[2]
 BUILDS = ROOT / "build" / "tests"
 TYPES = {np.dtype(np.float32): 1, np.dtype(np.float16): 2}
-OPS = {"topk": 0, "quantize": 1, "ternary": 2}
+OPS = {"topk": 0, "quantize": 1, "ternary": 2, "sparse": 3}
 
 
 class _Parallel(ctypes.Structure):
@@ -54,6 +54,23 @@ class _TernaryArgs(ctypes.Structure):
         ("m", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("n", ctypes.c_int64),
+    )
+
+
+class _SparseArgs(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("x", ctypes.c_void_p),
+        ("w", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("n", ctypes.c_void_p),
+        ("matrices", ctypes.c_int64),
+        ("y", ctypes.c_void_p),
+        ("m", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("top_k", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+        ("rescale_l2", ctypes.c_int),
     )
 
 
@@ -150,13 +167,51 @@ class Kernels:
         assert self.ternary_status(case, y, variant, pad_byte=pad_byte) == 0
         return y
 
+    def sparse_status(
+        self,
+        case: Sparse,
+        y: np.ndarray,
+        variant: str = "generic",
+        rescale: bool = False,
+        scratch_bytes: int | None = None,
+    ) -> int:
+        packed, outputs = joined(case), np.array([len(weights) for weights in case.matrices], np.int64)
+        scales = case.scales
+        args = _SparseArgs(
+            TYPES[case.x.dtype],
+            case.x.ctypes.data,
+            packed.ctypes.data,
+            scales.ctypes.data,
+            outputs.ctypes.data,
+            len(outputs),
+            y.ctypes.data,
+            *case.x.shape,
+            case.k,
+            case.block,
+            rescale,
+        )
+        return self._call("qsk_sparse_ternary_matmul", variant, args, case.workers, scratch_bytes)
+
+    def sparse(self, variant: str, case: Sparse, rescale: bool = False) -> np.ndarray:
+        y = np.full((len(case.x), sum(len(weights) for weights in case.matrices)), 77, case.x.dtype)
+        assert self.sparse_status(case, y, variant, rescale) == 0
+        return y
+
     def check(self, variant: str, case: Case) -> None:
-        if isinstance(case, TopK):
+        if isinstance(case, Sparse):
+            case.check(self.sparse(variant, case))
+        elif isinstance(case, TopK):
             case.check(self.topk(variant, case))
         elif isinstance(case, Quantize):
             case.check(*self.quantize(variant, case))
         else:
             case.check(self.ternary(variant, case))
+
+
+def joined(case: Sparse) -> np.ndarray:
+    """The packed matrices side by side."""
+    packed = [ternary.pack(weights) for weights in case.matrices]
+    return np.ascontiguousarray(np.concatenate(packed, axis=1)) if packed else np.zeros((case.x.shape[1], 0), np.uint8)
 
 
 def tool(name: str, package: str) -> str:
@@ -176,6 +231,11 @@ def _write(case: Case) -> bytes:
         return struct.pack("<8q", *numbers) + case.x.tobytes()
     if isinstance(case, Quantize):
         return struct.pack("<3q", OPS["quantize"], rows, width) + case.x.tobytes()
+    if isinstance(case, Sparse):
+        outputs = [len(weights) for weights in case.matrices]
+        numbers = (OPS["sparse"], kind, rows, width, case.k, case.block, case.workers, len(outputs), *outputs)
+        head = struct.pack(f"<{len(numbers)}q", *numbers) + case.scales.tobytes()
+        return head + case.x.tobytes() + joined(case).tobytes()
     head = struct.pack("<6qf", OPS["ternary"], kind, rows, width, len(case.weights), case.workers, case.scale)
     return head + case.x.tobytes() + ternary.pack(case.weights).tobytes()
 
@@ -222,6 +282,8 @@ class Runner:
                 case.check(take(case.x.shape, case.x.dtype))
             elif isinstance(case, Quantize):
                 case.check(take(case.x.shape, np.int8), take((rows,), np.float32))
+            elif isinstance(case, Sparse):
+                case.check(take((rows, sum(len(weights) for weights in case.matrices)), case.x.dtype))
             else:
                 case.check(take((rows, len(case.weights)), case.x.dtype))
         assert offset == len(content)

@@ -12,12 +12,13 @@
 #include <vector>
 
 #include "qsk/quantize_rows.h"
+#include "qsk/sparse_ternary_matmul.h"
 #include "qsk/ternary_matmul.h"
 #include "qsk/topk_sparsify.h"
 
 namespace {
 
-enum { kTopK = 0, kQuantize = 1, kTernary = 2 };
+enum { kTopK = 0, kQuantize = 1, kTernary = 2, kSparse = 3 };
 
 void run_threads(void*, void (*task)(void*, int64_t), void* argument, int64_t count) {
   std::vector<std::thread> threads;
@@ -130,6 +131,40 @@ void run_ternary(Stream& stream) {
   if (status == QSK_OK) stream.write(y.data(), static_cast<int64_t>(y.size()));
 }
 
+void run_sparse(Stream& stream) {
+  qsk_sparse_ternary_matmul_args args = {};
+  args.type = static_cast<int>(stream.number());
+  args.m = stream.number();
+  args.k = stream.number();
+  args.top_k = stream.number();
+  args.block = stream.number();
+  const qsk_parallel parallel = {nullptr, run_threads, stream.number()};
+  args.matrices = stream.number();
+  std::vector<int64_t> n(args.matrices);
+  int64_t outputs = 0, row_bytes = 0;
+  for (int64_t& one : n) {
+    one = stream.number();
+    outputs += one;
+    row_bytes += qsk_ternary_row_bytes(one);
+  }
+  std::vector<float> scales(args.matrices);
+  const std::vector<uint8_t> raw_scales = stream.bytes(args.matrices * 4);
+  if (!raw_scales.empty()) memcpy(scales.data(), raw_scales.data(), raw_scales.size());
+  const std::vector<uint8_t> x = stream.bytes(args.m * args.k * element_bytes(args.type));
+  const std::vector<uint8_t> w = stream.bytes(args.k * row_bytes);
+  std::vector<uint8_t> y(args.m * outputs * element_bytes(args.type));
+  args.n = n.data();
+  args.scales = scales.data();
+  args.x = x.data();
+  args.w = w.data();
+  args.y = y.data();
+  const int64_t scratch_bytes = qsk_sparse_ternary_matmul_scratch_bytes(&args, &parallel);
+  const Memory scratch(scratch_bytes);
+  const int status = qsk_sparse_ternary_matmul(nullptr, &args, &parallel, scratch.get(), scratch_bytes);
+  stream.write(status);
+  if (status == QSK_OK) stream.write(y.data(), static_cast<int64_t>(y.size()));
+}
+
 int print_variants() {
   const qsk_variant* chosen = nullptr;
   const int status = qsk_variant_choose(&chosen);
@@ -163,6 +198,8 @@ int main(int argc, char** argv) {
       run_topk(stream);
     } else if (op == kQuantize) {
       run_quantize(stream);
+    } else if (op == kSparse) {
+      run_sparse(stream);
     } else {
       run_ternary(stream);
     }

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from kernel_cases import KINDS, Quantize, Ternary, TopK, all_cases, as_type, magnitudes, ternary_weights
+from kernel_cases import KINDS, Quantize, Sparse, Ternary, TopK, all_cases, as_type, magnitudes, ternary_weights
 from kernel_runs import Kernels
 from qsparse_export.runtimes.ort.library import open_library
 
@@ -21,10 +21,10 @@ PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 @pytest.mark.parametrize("variant", SUPPORTED)
-@pytest.mark.parametrize("kind", (TopK, Quantize, Ternary))
-def test_all_cases(kernels: Kernels, variant: str, kind: type) -> None:
+@pytest.mark.parametrize(("kind", "least"), ((TopK, 300), (Quantize, 300), (Ternary, 300), (Sparse, 70)))
+def test_all_cases(kernels: Kernels, variant: str, kind: type, least: int) -> None:
     cases = [case for case in all_cases() if isinstance(case, kind)]
-    assert len(cases) > 300
+    assert len(cases) >= least
     for case in cases:
         kernels.check(variant, case)
 
@@ -40,6 +40,45 @@ def test_threads_and_variants_give_the_same_bits(kernels: Kernels) -> None:
             for workers in (1, 2, 3, 7, 64)
         }
         assert len(results) == 1
+
+
+@pytest.mark.parametrize("dtype", (np.float32, np.float16))
+@pytest.mark.parametrize(("block", "k"), ((0, 90), (32, 16), (0, 257)))
+@pytest.mark.parametrize("rescale", (False, True))
+def test_fused_is_bit_equal_to_its_parts(kernels: Kernels, dtype: type, block: int, k: int, rescale: bool) -> None:
+    """Also where the sums of the L2 norm round: the same kernels add them in the same order."""
+    rng = np.random.default_rng(8)
+    for kind in ("normal", "nan", "inf", "tiny", "huge"):
+        x = as_type(magnitudes(rng, 3, 257, kind), dtype)
+        matrices = tuple(ternary_weights(rng, n, 257, "normal") for n in (130, 5, 300))
+        case = Sparse(x, matrices, k, block)
+        for variant in SUPPORTED:
+            masked = kernels.topk(variant, TopK(x, k, block, rescale))
+            parts = [
+                kernels.ternary(variant, Ternary(masked, weights, scale))
+                for weights, scale in zip(matrices, case.scales, strict=True)
+            ]
+            np.testing.assert_array_equal(kernels.sparse(variant, case, rescale), np.concatenate(parts, axis=1))
+
+
+@PROPERTY
+@given(
+    m=st.integers(0, 12),
+    k=st.integers(1, 300),
+    split=st.lists(st.integers(0, 300), max_size=4),
+    kept=st.floats(0, 1),
+    workers=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_fused_properties(
+    kernels: Kernels, m: int, k: int, split: list[int], kept: float, workers: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    x = as_type(magnitudes(rng, m, k, KINDS[seed % len(KINDS)]), np.float16 if seed % 2 else np.float32)
+    matrices = tuple(ternary_weights(rng, n, k, "normal") for n in split)
+    case = Sparse(x, matrices, int(kept * k), 0, workers)
+    for variant in SUPPORTED:
+        kernels.check(variant, case)
 
 
 def test_top_k_in_place(kernels: Kernels) -> None:
@@ -141,6 +180,13 @@ def test_bad_arguments_have_a_status(kernels: Kernels) -> None:
     assert kernels.ternary_status(Ternary(x, np.zeros((3, 8), np.int8)), scratch_bytes=64) == 5
     assert kernels.ternary_status(Ternary(x, np.zeros((3, 8), np.int8)), k=-1) == 2
     assert kernels.ternary_status(Ternary(x, np.zeros((3, 8), np.int8)), k=9_000_000) == 2
+    sparse, y = Sparse(x, (np.zeros((3, 8), np.int8),) * 2, 8), np.zeros((2, 6), np.float32)
+    assert kernels.sparse_status(sparse, y) == 0
+    assert kernels.sparse_status(sparse, y, scratch_bytes=64) == 5
+    for k, block in ((9, 0), (-1, 0), (5, 4)):
+        assert kernels.sparse_status(Sparse(x, sparse.matrices, k, block), y) == 4
+    assert kernels.sparse_status(Sparse(x, sparse.matrices, 2, -1), y) == 2
+    assert kernels.sparse_status(Sparse(x, sparse.matrices * 40, 8), np.zeros((2, 240), np.float32)) == 2
     messages = [handle.qsk_status_message(status) for status in range(9)]
     assert len(set(messages)) == 9
 

@@ -33,7 +33,9 @@ def op_model() -> Callable[..., onnx.ModelProto]:
     """A checked model of one op, its body attached; ``x`` is an input with free leading dims, the rest constants."""
     ops.register()
 
-    def build(name: str, x: np.ndarray, constants: dict[str, np.ndarray], **attributes: int | str) -> onnx.ModelProto:
+    def build(
+        name: str, x: np.ndarray, constants: dict[str, np.ndarray], **attributes: int | str | list[int]
+    ) -> onnx.ModelProto:
         kind = TensorProto.FLOAT if x.dtype == np.float32 else TensorProto.FLOAT16
         lead = [f"d{i}" for i in range(x.ndim - 1)]
         node = helper.make_node(name, ["x", *constants], ["y"], domain=ops.DOMAIN)

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "sparsified_row.h"
 #include "work.h"
 
 namespace qsk {
@@ -22,12 +23,12 @@ int64_t workers_for(const qsk_topk_sparsify_args& args, const qsk_parallel* para
   return min_of(min_of(worker_count(parallel), useful), max_of(1, args.rows));
 }
 
-int64_t unit_of(const qsk_topk_sparsify_args& args) {
-  return args.block > 0 ? min_of(args.block, args.width) : args.width;
-}
+int64_t unit_of(int64_t block, int64_t width) { return block > 0 ? min_of(block, width) : width; }
+
+Selection selection_of(const qsk_topk_sparsify_args& args) { return {args.k, args.block, args.rescale_l2 != 0}; }
 
 WorkerScratch take_worker(Scratch& scratch, const qsk_topk_sparsify_args& args) {
-  return {scratch.take<float>(args.width), scratch.take<uint8_t>(kSelectBytes * unit_of(args) + kSelectSlack)};
+  return {scratch.take<float>(args.width), scratch.take<uint8_t>(select_bytes(selection_of(args), args.width))};
 }
 
 int check(const qsk_topk_sparsify_args* args) {
@@ -60,7 +61,7 @@ void rescale_row(float* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] /= divisor;
 }
 
-void sparsify_row(const qsk_variant& variant, const qsk_topk_sparsify_args& args, int64_t row, WorkerScratch scratch) {
+void sparsify(const qsk_variant& variant, const qsk_topk_sparsify_args& args, int64_t row, WorkerScratch scratch) {
   const bool half = args.type == QSK_FLOAT16;
   const int64_t offset = row * args.width;
   const float* x = static_cast<const float*>(args.x) + (half ? 0 : offset);
@@ -69,16 +70,26 @@ void sparsify_row(const qsk_variant& variant, const qsk_topk_sparsify_args& args
     variant.half->to_float(static_cast<const uint16_t*>(args.x) + offset, args.width, scratch.row);
     x = y = scratch.row;
   }
-  const int64_t unit = max_of(1, unit_of(args));
-  for (int64_t begin = 0; begin < args.width; begin += unit) {
-    const int64_t n = min_of(unit, args.width - begin);
-    sparsify_unit(*variant.topk, x + begin, n, min_of(args.k, n), scratch.select, y + begin);
-  }
-  if (args.rescale_l2) rescale_row(y, args.width);
+  sparsify_row(*variant.topk, selection_of(args), x, args.width, scratch.select, y);
   if (half) variant.half->from_float(y, args.width, static_cast<uint16_t*>(args.y) + offset);
 }
 
 }  // namespace
+
+int64_t select_bytes(const Selection& selection, int64_t width) {
+  return kSelectBytes * unit_of(selection.block, width) + kSelectSlack;
+}
+
+void sparsify_row(const TopKKernels& kernels, const Selection& selection, const float* x, int64_t width, void* scratch,
+                  float* y) {
+  const int64_t unit = max_of(1, unit_of(selection.block, width));
+  for (int64_t begin = 0; begin < width; begin += unit) {
+    const int64_t n = min_of(unit, width - begin);
+    sparsify_unit(kernels, x + begin, n, min_of(selection.k, n), scratch, y + begin);
+  }
+  if (selection.rescale_l2) rescale_row(y, width);
+}
+
 }  // namespace qsk
 
 int64_t qsk_topk_sparsify_scratch_bytes(const qsk_topk_sparsify_args* args, const qsk_parallel* parallel) {
@@ -102,7 +113,7 @@ int qsk_topk_sparsify(const qsk_variant* variant, const qsk_topk_sparsify_args* 
   auto body = [&](int64_t worker) {
     qsk::Scratch own(static_cast<uint8_t*>(scratch) + worker * per_worker);
     const qsk::WorkerScratch pieces = qsk::take_worker(own, *args);
-    for (int64_t row = rows.take(); row >= 0; row = rows.take()) qsk::sparsify_row(*variant, *args, row, pieces);
+    for (int64_t row = rows.take(); row >= 0; row = rows.take()) qsk::sparsify(*variant, *args, row, pieces);
   };
   qsk::run_workers(parallel, workers, body);
   return QSK_OK;

@@ -16,6 +16,7 @@ from qsparse_export.runtimes.ort.library import Library, library_path, open_libr
 
 from qsparse_export.errors import TargetError
 from qsparse_export.formats import ternary
+from qsparse_export.ops.sparse_ternary_matmul import reference as sparse_reference
 from qsparse_export.ops.ternary_matmul import reference as ternary_reference
 from qsparse_export.ops.topk_sparsify import reference as topk_reference
 
@@ -94,6 +95,47 @@ def test_topk_attributes(dtype: str, k: int, block: int, rescale: str) -> None:
         np.testing.assert_array_equal(y, expected)
     else:
         np.testing.assert_allclose(y, expected, rtol=1e-3 if dtype == "float16" else 1e-6)
+
+
+def sparse_operands(n: list[int], k: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(4)
+    packed = [ternary.pack(rng.integers(-1, 2, (outputs, k)).astype(np.int8)) for outputs in n]
+    return {"w": np.concatenate(packed, axis=1), "scales": np.linspace(0.01, 0.2, len(n)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", ((96,), (1, 1, 96), (2, 3, 96), (0, 96), (3, 11, 96)))
+def test_fused_matrices(library: Library, dtype: str, shape: tuple[int, ...]) -> None:
+    n = [130, 5, 0, 256, 300]
+    operands = sparse_operands(n, 96)
+    x: np.ndarray = np.random.default_rng(5).standard_normal(shape).astype(dtype)
+    model = node_model("SparseTernaryMatMul", KINDS[dtype], operands, k=40, block=0, rescale="none", n=n)
+    y = session(model, 2).run(None, {"x": x})[0]
+    np.testing.assert_array_equal(y, sparse_reference(x, *operands.values(), 40, 0, "none", n), strict=True)
+    assert library.calls() == {"SparseTernaryMatMul": {library.chosen(): 1}}
+
+
+def test_fused_mistakes_are_refused() -> None:
+    operands = sparse_operands([5, 130], 96)
+    x = np.zeros((2, 96), np.float32)
+
+    def run(n: list[int], operands: dict[str, np.ndarray] = operands, **attributes: Any) -> None:
+        given = {"k": 3, "block": 0, "rescale": "none"} | attributes
+        session(node_model("SparseTernaryMatMul", KINDS["float32"], operands, n=n, **given)).run(None, {"x": x})
+
+    run([5, 130])
+    with pytest.raises(Exception, match=r"x is \[2, 96\] and w is \[96, 96\]; expected w as \[96, 128\]"):
+        run([5, 257])
+    with pytest.raises(Exception, match=r"scales is \[2\]; expected \[1\], one for each entry of n"):
+        run([300])
+    with pytest.raises(Exception, match="n has the entry -1"):
+        run([5, -1])
+    with pytest.raises(Exception, match="n has 65 entries; at most 64 are supported"):
+        run([1] * 65)
+    with pytest.raises(Exception, match=r"k is 97 but x is \[2, 96\]"):
+        run([5, 130], k=97)
+    with pytest.raises(Exception, match='rescale is "l1"'):
+        run([5, 130], rescale="l1")
 
 
 @pytest.mark.parametrize("threads", (1, 2, 4))
@@ -229,7 +271,7 @@ def test_no_memory_is_lost_or_grows(library: Library) -> None:
 
 
 def test_library_facts(library: Library, tmp_path: Path) -> None:
-    assert library.ops == ("TopKSparsify", "TernaryMatMul")
+    assert library.ops == ("TopKSparsify", "TernaryMatMul", "SparseTernaryMatMul")
     assert library.version.count(".") == 2
     assert library.chosen() == library.supported[-1]
     with pytest.raises(TargetError, match="cannot be used as the kernel library"):

@@ -1,0 +1,446 @@
+// The driver of ternary products: select, quantise, list the active channels, then
+// - one row: one pass over its active channels, which the workers share among themselves;
+// - several rows, by the rule in `skips`: either batches of rows that pass over the weights together, each row adding
+// up
+//   its own active channels while their weights are in the cache,
+// - or an int8 GEMM over the channels that are active in any row, weights unpacked tile by tile.
+#include "ternary_product.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+#include "qsk/ternary_matmul.h"
+#include "quantized_row.h"
+#include "work.h"
+
+namespace qsk {
+namespace {
+
+constexpr int64_t kBatchRows = 8;              // rows whose sums stay in the cache together
+constexpr int64_t kBatchBytes = 128 << 10;     // of weights that a batch takes at a time
+constexpr int64_t kBytesPerWorker = 32 << 10;  // of weights: below that a second thread costs more than it brings
+constexpr int64_t kPieceBytes = 32 << 10;      // of weights that a worker takes at a time, at least
+constexpr int64_t kSlack = 64;                 // elements that vector stores may write past a list's end
+constexpr int64_t kQuantizePiece = 32768;      // elements that one thread quantises faster than it can wake another
+constexpr int64_t kFinishPiece = 8192;         // sums that one thread adds up faster than it can wake another
+
+// The active channels of a row, or of any row.
+struct Active {
+  int32_t* index;
+  int8_t* value;
+  int64_t count;
+};
+
+// Everything that a call needs, cut from the caller's scratch. Per-worker arrays have a fixed stride.
+struct Workspace {
+  float* x;         // [workers, k] rows converted from float16 or masked
+  uint16_t* half;   // [workers, k] a rescaled row, rounded
+  uint8_t* select;  // [workers, select_stride]
+  int64_t select_stride;
+  int8_t* q;  // [m, q_stride]
+  int64_t q_stride;
+  float* gamma;              // [m]
+  int32_t* q_sum;            // [m]
+  int32_t* active_count;     // [m] q that are not 0, for m > 1
+  Active active;             // one row's, or the union's
+  Active batch[kBatchRows];  // those of each row of a batch
+  int32_t* sums;             // [workers, sums_stride]
+  int64_t sums_stride;
+  bool* is_filled;        // [workers] which of them had a piece
+  const int32_t** parts;  // [workers] the sums of those
+  uint8_t* codes;         // [workers, kGemmCodesBytes]
+  float* y;               // [workers, y_stride] before conversion to float16
+  int64_t y_stride;
+  int64_t bytes;  // the scratch that all of this takes
+};
+
+struct Call {
+  const qsk_variant& variant;
+  const TernaryProduct& args;
+  const qsk_parallel* parallel;
+  int64_t workers;
+  int64_t row_bytes;
+  int64_t padded_outputs;  // that a row of sums has
+  Workspace work;
+};
+
+int64_t workers_for(const TernaryProduct& args, const qsk_parallel* parallel) {
+  const int64_t weight_bytes = args.k * args.row_bytes;
+  return min_of(worker_count(parallel), max_of(1, weight_bytes / kBytesPerWorker * max_of(1, args.m)));
+}
+
+int64_t sums_per_row(const TernaryProduct& args) { return round_up(args.row_bytes, kGemmTileBytes) * 4; }
+
+Workspace lay_out(const TernaryProduct& args, int64_t workers, void* base) {
+  Scratch scratch(base);
+  Workspace work = {};
+  const bool half = args.type == QSK_FLOAT16;
+  const int64_t padded_outputs = sums_per_row(args);
+  work.q_stride = round_up(args.k + kSlack, 64);
+  work.x = scratch.take<float>(half || args.selection ? workers * args.k : 0);
+  work.half = scratch.take<uint16_t>(half && args.selection ? workers * args.k : 0);
+  work.select_stride = args.selection ? round_up(select_bytes(*args.selection, args.k), 64) : 0;
+  work.select = scratch.take<uint8_t>(workers * work.select_stride);
+  work.q = scratch.take<int8_t>(args.m * work.q_stride);
+  work.gamma = scratch.take<float>(args.m);
+  work.q_sum = scratch.take<int32_t>(args.m);
+  work.active_count = scratch.take<int32_t>(args.m);
+  work.active.index = scratch.take<int32_t>(args.k + kSlack);
+  work.active.value = scratch.take<int8_t>(args.k + kSlack);
+  const bool several = args.m > 1;
+  for (int64_t row = 0; several && row < min_of(kBatchRows, args.m); ++row) {
+    work.batch[row].index = scratch.take<int32_t>(args.k + kSlack);
+    work.batch[row].value = scratch.take<int8_t>(args.k + kSlack);
+  }
+  work.sums_stride = min_of(kBatchRows, args.m) * padded_outputs;
+  if (several) work.sums_stride = max_of(work.sums_stride, kGemmTileRows * kGemmTileOutputs);
+  work.sums = scratch.take<int32_t>(workers * work.sums_stride);
+  work.is_filled = scratch.take<bool>(workers);
+  work.parts = scratch.take<const int32_t*>(workers);
+  work.codes = scratch.take<uint8_t>(several ? workers * kGemmCodesBytes : 0);
+  work.y_stride = max_of(kGemmTileOutputs, kFinishPiece);
+  work.y = scratch.take<float>(half ? workers * work.y_stride : 0);
+  work.bytes = scratch.used();
+  return work;
+}
+
+// The row as float32, masked where the product has a selection, and exactly as the op TopKSparsify would hand it on.
+const float* prepare(const Call& call, int64_t row, int64_t worker) {
+  const TernaryProduct& args = call.args;
+  const bool half = args.type == QSK_FLOAT16;
+  float* own = call.work.x + worker * args.k;
+  const float* x = own;
+  if (half) {
+    call.variant.half->to_float(static_cast<const uint16_t*>(args.x) + row * args.k, args.k, own);
+  } else {
+    x = static_cast<const float*>(args.x) + row * args.k;
+  }
+  if (args.selection == nullptr) return x;
+  uint8_t* select = call.work.select + worker * call.work.select_stride;
+  sparsify_row(*call.variant.topk, *args.selection, x, args.k, select, own);
+  if (half && args.selection->rescale_l2) {  // what is only masked is a half already
+    uint16_t* rounded = call.work.half + worker * args.k;
+    call.variant.half->from_float(own, args.k, rounded);
+    call.variant.half->to_float(rounded, args.k, own);
+  }
+  return own;
+}
+
+void quantize(const Call& call, int64_t row, int64_t worker) {
+  const TernaryProduct& args = call.args;
+  int8_t* q = call.work.q + row * call.work.q_stride;
+  const float* x = prepare(call, row, worker);
+  call.work.gamma[row] = quantize_row(*call.variant.quantize, x, args.k, q, &call.work.q_sum[row]);
+  memset(q + args.k, 0, call.work.q_stride - args.k);
+  if (args.m > 1) {
+    int32_t count = 0;
+    for (int64_t c = 0; c < args.k; ++c) count += q[c] != 0;
+    call.work.active_count[row] = count;
+  }
+}
+
+// The sums of one row: those of the padded output `begin`, a multiple of kGemmTileOutputs, start at `offset` of each
+// part.
+struct Sums {
+  const int32_t* const* parts;
+  int64_t part_count;
+  int64_t offset;
+  int64_t begin;
+};
+
+// out[0 .. to - from) = the results of the padded outputs from..to-1, which belong to one matrix.
+void descale(const Call& call, const Sums& sums, int64_t row, int64_t from, int64_t to, float scale, float* out) {
+  const TernaryKernels& kernels = *call.variant.ternary;
+  const float factor = (call.work.gamma[row] / 127.0f) * scale;
+  const int32_t q_sum = call.work.q_sum[row];
+  const int64_t odd = (from - sums.begin) % kGemmTileOutputs;
+  const int64_t start = sums.offset - sums.begin;
+  if (odd != 0) {  // a matrix that starts within a block of sums
+    float block[kGemmTileOutputs];
+    const int64_t n = min_of(to - from, kGemmTileOutputs - odd);
+    kernels.finish(sums.parts, sums.part_count, start + from - odd, kGemmTileOutputs, q_sum, factor, block);
+    memcpy(out, block + odd, n * sizeof *out);
+    from += n;
+    out += n;
+  }
+  if (from < to) kernels.finish(sums.parts, sums.part_count, start + from, to - from, q_sum, factor, out);
+}
+
+// Writes the results of the padded outputs sums.begin..end-1 of `row`; `y` is float32 scratch for float16 results.
+void finish(const Call& call, const Sums& sums, int64_t row, int64_t end, float* y) {
+  const TernaryProduct& args = call.args;
+  const bool half = args.type == QSK_FLOAT16;
+  for (int64_t i = 0; i < args.matrix_count; ++i) {
+    const TernaryMatrix& matrix = args.matrices[i];
+    const int64_t from = max_of(sums.begin, matrix.begin), to = min_of(end, matrix.begin + matrix.n);
+    if (from >= to) continue;
+    const int64_t position = row * args.outputs + matrix.y_begin + from - matrix.begin;
+    float* out = half ? y : static_cast<float*>(args.y) + position;
+    if (isnan(call.work.gamma[row])) {
+      for (int64_t j = 0; j < to - from; ++j) out[j] = NAN;
+    } else {
+      descale(call, sums, row, from, to, matrix.scale, out);
+    }
+    if (half) call.variant.half->from_float(out, to - from, static_cast<uint16_t*>(args.y) + position);
+  }
+}
+
+// Takes pieces of the active channels until none is left and adds their rows to this worker's sums.
+void add_pieces(const Call& call, const Active& active, int64_t piece_channels, Pieces& pieces, int64_t worker) {
+  int64_t piece = pieces.take();
+  if (piece < 0) return;
+  int32_t* sums = call.work.sums + worker * call.work.sums_stride;
+  memset(sums, 0, call.work.sums_stride * sizeof *sums);
+  call.work.is_filled[worker] = true;
+  while (piece >= 0) {
+    const int64_t next_piece = pieces.take();  // one ahead, so that its rows can be prefetched
+    const int64_t end = min_of(active.count, (piece + 1) * piece_channels);
+    for (int64_t begin = piece * piece_channels; begin < end; begin += kGemvRows) {
+      const int64_t count = min_of(kGemvRows, end - begin);
+      int64_t next = begin + count;
+      if (next >= end) next = next_piece >= 0 ? next_piece * piece_channels : active.count;
+      const int64_t next_count = min_of(kGemvRows, active.count - next);
+      call.variant.ternary->gemv(call.args.w, call.row_bytes, active.index + begin, active.value + begin, count,
+                                 active.index + next, next_count, sums);
+    }
+    piece = next_piece;
+  }
+}
+
+// y[first .. first + count) from the sums of all workers that had work, those of row `first` first.
+void finish_rows(const Call& call, int64_t workers, int64_t first, int64_t count) {
+  const Workspace& work = call.work;
+  int64_t part_count = 0;
+  for (int64_t worker = 0; worker < workers; ++worker) {
+    if (work.is_filled[worker]) work.parts[part_count++] = work.sums + worker * work.sums_stride;
+  }
+  const int64_t n = 4 * call.row_bytes, pieces_per_row = ceil_div(n, kFinishPiece);
+  Pieces pieces(count * pieces_per_row);
+  auto body = [&](int64_t worker) {
+    for (int64_t piece = pieces.take(); piece >= 0; piece = pieces.take()) {
+      const int64_t row = piece / pieces_per_row, begin = piece % pieces_per_row * kFinishPiece;
+      const Sums sums = {work.parts, part_count, row * call.padded_outputs + begin, begin};
+      finish(call, sums, first + row, min_of(n, begin + kFinishPiece), work.y + worker * work.y_stride);
+    }
+  };
+  run_workers(call.parallel, min_of(workers, count * n / kFinishPiece), body);
+}
+
+// One row: the workers share the active channels, so that each reads whole rows of weights, and their sums are added.
+void multiply_row(const Call& call) {
+  const Workspace& work = call.work;
+  Active active = work.active;
+  active.count = call.variant.quantize->compact(work.q, call.args.k, active.index, active.value);
+
+  const int64_t workers = min_of(call.workers, max_of(1, active.count * call.row_bytes / kBytesPerWorker));
+  const int64_t piece_channels = workers == 1 ? round_up(max_of(1, active.count), kGemvRows)
+                                              : round_up(ceil_div(kPieceBytes, call.row_bytes), kGemvRows);
+  Pieces pieces(ceil_div(active.count, piece_channels));
+  memset(work.is_filled, 0, workers * sizeof *work.is_filled);
+  auto accumulate = [&](int64_t worker) { add_pieces(call, active, piece_channels, pieces, worker); };
+  run_workers(call.parallel, workers, accumulate);
+
+  finish_rows(call, workers, 0, 1);
+}
+
+// Lists the channels that are active in any row, or all of them where that is nearly all.
+Active unite(const Call& call) {
+  const Workspace& work = call.work;
+  const int64_t m = call.args.m, k = call.args.k;
+  Active active = work.active;
+  int8_t* any = active.value;  // nonzero where any row is
+  memset(any, 0, k);
+  constexpr int64_t kRowsBetweenChecks = 8;
+  bool dense = false;
+  for (int64_t row = 0; row < m && !dense; ++row) {
+    const int8_t* q = work.q + row * work.q_stride;
+    for (int64_t c = 0; c < k; ++c) any[c] |= q[c];
+    if ((row + 1) % kRowsBetweenChecks == 0 || row + 1 == m) dense = k > 0 && memchr(any, 0, k) == nullptr;
+  }
+  if (!dense) {
+    active.count = 0;
+    for (int64_t c = 0; c < k; ++c) {
+      active.index[active.count] = static_cast<int32_t>(c);
+      active.count += any[c] != 0;
+    }
+    constexpr int64_t kWorthClosing = 16;  // closing the gaps pays when at least a 16th of the channels goes
+    dense = k - active.count < k / kWorthClosing || k == active.count;
+  }
+  if (dense) {
+    active.count = k;
+    for (int64_t c = 0; c < k; ++c) active.index[c] = static_cast<int32_t>(c);
+  }
+  for (int64_t c = active.count; c % 4 != 0; ++c) active.index[c] = active.index[c - 1];  // with q = 0
+  return active;
+}
+
+void close_gaps(const Call& call, const Active& active, int64_t row) {
+  int8_t* q = call.work.q + row * call.work.q_stride;
+  for (int64_t c = 0; c < active.count; ++c) q[c] = q[active.index[c]];
+  for (int64_t c = active.count; c % 4 != 0; ++c) q[c] = 0;
+}
+
+// Whether each row on its own, skipping what is inactive in it, costs less than the GEMM over `any`, the union.
+bool skips(const Call& call, const Active& any) {
+  int64_t active = 0;
+  for (int64_t row = 0; row < call.args.m; ++row) active += call.work.active_count[row];
+  const GemmCost& cost = call.variant.ternary->gemm_cost;
+  const float gemm = static_cast<float>(any.count) * (cost.unpack + cost.multiply * static_cast<float>(call.args.m));
+  return static_cast<float>(active) <= gemm;
+}
+
+// The position in `active` of the first channel that is not below `channel`.
+int64_t position_of(const Active& active, int64_t channel) {
+  int64_t low = 0, high = active.count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (active.index[middle] < channel) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Takes pieces of all channels until none is left. The first row of a batch that adds up a piece brings its weights
+// into the cache, unless they were prefetched during the piece before.
+void add_batch_pieces(const Call& call, const Active* batch, int64_t rows, const Active& any, int64_t piece_channels,
+                      Pieces& pieces, int64_t worker) {
+  int64_t piece = pieces.take();
+  if (piece < 0) return;
+  int32_t* sums = call.work.sums + worker * call.work.sums_stride;
+  memset(sums, 0, rows * call.padded_outputs * sizeof *sums);
+  call.work.is_filled[worker] = true;
+  while (piece >= 0) {
+    const int64_t next_piece = pieces.take();
+    int64_t ahead = next_piece < 0 ? 0 : position_of(any, next_piece * piece_channels);
+    const int64_t ahead_end = next_piece < 0 ? 0 : position_of(any, (next_piece + 1) * piece_channels);
+    for (int64_t row = 0; row < rows; ++row) {
+      const Active& active = batch[row];
+      const int64_t end = position_of(active, (piece + 1) * piece_channels);
+      for (int64_t begin = position_of(active, piece * piece_channels); begin < end; begin += kGemvRows) {
+        const int64_t ahead_count = min_of(kGemvRows, ahead_end - ahead);
+        call.variant.ternary->gemv(call.args.w, call.row_bytes, active.index + begin, active.value + begin,
+                                   min_of(kGemvRows, end - begin), any.index + ahead, ahead_count,
+                                   sums + row * call.padded_outputs);
+        ahead += ahead_count;
+      }
+    }
+    piece = next_piece;
+  }
+}
+
+// Rows in batches: one pass over the weights for each batch, in pieces that all of its rows find in the cache.
+void multiply_batches(const Call& call, const Active& any) {
+  const Workspace& work = call.work;
+  const int64_t m = call.args.m, k = call.args.k;
+  const int64_t piece_channels = round_up(ceil_div(kBatchBytes, call.row_bytes), kGemvRows);
+  const int64_t workers = min_of(call.workers, ceil_div(k, piece_channels));
+  for (int64_t first = 0; first < m; first += kBatchRows) {
+    const int64_t rows = min_of(kBatchRows, m - first);
+    Active batch[kBatchRows];
+    for (int64_t row = 0; row < rows; ++row) {
+      Active& active = batch[row] = work.batch[row];
+      const int8_t* q = work.q + (first + row) * work.q_stride;
+      active.count = call.variant.quantize->compact(q, k, active.index, active.value);
+    }
+    Pieces pieces(ceil_div(k, piece_channels));
+    memset(work.is_filled, 0, max_of(1, workers) * sizeof *work.is_filled);
+    auto body = [&](int64_t worker) { add_batch_pieces(call, batch, rows, any, piece_channels, pieces, worker); };
+    run_workers(call.parallel, workers, body);
+    finish_rows(call, workers, first, rows);
+  }
+}
+
+struct Tiling {
+  int64_t columns;  // tiles over the outputs
+  int64_t rows;     // tiles over m
+  int64_t tile_rows;
+};
+
+void multiply_tile(const Call& call, const Active& active, const Tiling& tiling, int64_t position, int64_t worker) {
+  const Workspace& work = call.work;
+  const int64_t first_byte = position / tiling.rows * kGemmTileBytes;
+  const int64_t first_row = position % tiling.rows * tiling.tile_rows;
+  TernaryTile tile = {};
+  tile.w = call.args.w + first_byte;
+  tile.row_bytes = call.row_bytes;
+  tile.bytes = min_of(kGemmTileBytes, call.row_bytes - first_byte);
+  tile.q_stride = work.q_stride;
+  tile.rows = min_of(tiling.tile_rows, call.args.m - first_row);
+  tile.codes = work.codes + worker * kGemmCodesBytes;
+  int32_t* sums = work.sums + worker * work.sums_stride;
+  memset(sums, 0, tile.rows * kGemmTileOutputs * sizeof *sums);
+  for (int64_t begin = 0; begin < active.count; begin += kGemmTileChannels) {
+    tile.index = active.index + begin;
+    tile.channels = round_up(min_of(kGemmTileChannels, active.count - begin), 4);
+    tile.channels_after = max_of(0, active.count - begin - tile.channels);
+    tile.q = work.q + first_row * work.q_stride + begin;
+    call.variant.ternary->gemm(tile, sums);
+  }
+  const int64_t first_output = first_byte * 4;
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const int32_t* part = sums + r * kGemmTileOutputs;
+    finish(call, {&part, 1, 0, first_output}, first_row + r, first_output + kGemmTileOutputs,
+           work.y + worker * work.y_stride);
+  }
+}
+
+void multiply_rows(const Call& call, const Active& active) {
+  const int64_t m = call.args.m;
+  if (active.count < call.args.k) {
+    Pieces rows(m);
+    auto body = [&](int64_t) {
+      for (int64_t row = rows.take(); row >= 0; row = rows.take()) close_gaps(call, active, row);
+    };
+    run_workers(call.parallel, min_of(call.workers, m), body);
+  }
+  Tiling tiling;
+  tiling.columns = ceil_div(call.row_bytes, kGemmTileBytes);
+  tiling.rows = ceil_div(m, kGemmTileRows);
+  tiling.tile_rows = min_of(kGemmTileRows, round_up(ceil_div(m, tiling.rows), 4));  // of like size
+  Pieces tiles(tiling.columns * tiling.rows);
+  auto body = [&](int64_t worker) {
+    for (int64_t tile = tiles.take(); tile >= 0; tile = tiles.take()) multiply_tile(call, active, tiling, tile, worker);
+  };
+  run_workers(call.parallel, min_of(call.workers, tiling.columns * tiling.rows), body);
+}
+
+}  // namespace
+
+int64_t ternary_product_scratch_bytes(const TernaryProduct& product, const qsk_parallel* parallel) {
+  return lay_out(product, workers_for(product, parallel), nullptr).bytes;
+}
+
+int ternary_product(const qsk_variant& variant, const TernaryProduct& product, const qsk_parallel* parallel,
+                    void* scratch, int64_t scratch_bytes) {
+  const int64_t m = product.m;
+  if (m == 0 || product.outputs == 0) return QSK_OK;
+  if (product.y == nullptr || scratch == nullptr) return QSK_NULL_ARGUMENT;
+  if (product.k > 0 && (product.x == nullptr || product.w == nullptr)) return QSK_NULL_ARGUMENT;
+  const int64_t workers = workers_for(product, parallel);
+  const Workspace work = lay_out(product, workers, scratch);
+  if (scratch_bytes < work.bytes) return QSK_SCRATCH_TOO_SMALL;
+  const Call call = {variant, product, parallel, workers, product.row_bytes, sums_per_row(product), work};
+
+  Pieces rows(m);
+  auto quantize_rows = [&](int64_t worker) {
+    for (int64_t row = rows.take(); row >= 0; row = rows.take()) quantize(call, row, worker);
+  };
+  run_workers(parallel, m * product.k < kQuantizePiece ? 1 : min_of(workers, m), quantize_rows);
+  if (m == 1) {
+    multiply_row(call);
+    return QSK_OK;
+  }
+  const Active any = unite(call);
+  if (skips(call, any)) {
+    multiply_batches(call, any);
+  } else {
+    multiply_rows(call, any);
+  }
+  return QSK_OK;
+}
+
+}  // namespace qsk
