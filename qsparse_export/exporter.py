@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qsparse_export.errors import ExportError
@@ -33,16 +34,22 @@ def decoder_graph(config: ModelConfig, weights: WeightSource, dtype: torch.dtype
 
     from qsparse_export.nn.decoder import Decoder
     from qsparse_export.nn.deploy import deploy
+    from qsparse_export.passes.annotate_scope import AnnotateScope
+    from qsparse_export.repeat_layer import layers_to_trace, repeat_last_layer
 
+    traced = replace(config, layers=layers_to_trace(config))
     with torch.device("meta"):
-        module = deploy(Decoder(config).to(dtype)).eval()
+        module = deploy(Decoder(traced).to(dtype)).eval()
     with FakeTensorMode():
         _make_fake(module)
-        inputs, shapes = _example_inputs(config, dtype)
-        names_in, names_out = _tensor_names(config)
+        inputs, shapes = _example_inputs(traced, dtype)
+        names_in, names_out = _tensor_names(traced)
         graph = _torch_onnx(module, inputs, shapes, names_in, names_out)
     _name_dimensions(graph)
-    _attach_weights(graph, module, weights, dtype)
+    AnnotateScope()(graph)
+    if traced.layers < config.layers:
+        repeat_last_layer(graph.graph, config.layers)
+    _attach_weights(graph, weights)
     return graph
 
 
@@ -167,26 +174,18 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _attach_weights(graph: ir.Model, module: torch.nn.Module, weights: WeightSource, dtype: torch.dtype) -> None:
-    """Replaces the fake initialisers of ``graph`` by lazy ones that read and pack on demand."""
+def _attach_weights(graph: ir.Model, weights: WeightSource) -> None:
+    """Replaces the fake initialisers of ``graph``, all named like tensors of the module, by lazy ones."""
     import onnx_ir
+    from torch._subclasses import FakeTensor
 
-    state: Mapping[str, torch.Tensor] = module.state_dict(keep_vars=True)
     for name, value in graph.graph.initializers.items():
-        if name not in state:
-            continue
-        tensor = state[name]
-        lazy = onnx_ir.LazyTensor(
-            _reader(name, weights, tensor.dtype),
-            dtype=onnx_ir.DataType(_ONNX_DTYPES[str(tensor.dtype)]),
-            shape=onnx_ir.Shape(tensor.shape),
-            cache=False,
-            name=name,
+        fake = value.const_value
+        if fake is None or not isinstance(fake.raw, FakeTensor):
+            continue  # a constant of the computation, such as the rotary frequencies
+        value.const_value = onnx_ir.LazyTensor(
+            _reader(name, weights, fake.raw.dtype), dtype=fake.dtype, shape=fake.shape, cache=False, name=name
         )
-        value.const_value = lazy
-
-
-_ONNX_DTYPES = {"torch.float32": 1, "torch.uint8": 2, "torch.int64": 7, "torch.float16": 10}
 
 
 def _reader(name: str, weights: WeightSource, dtype: torch.dtype) -> Any:
