@@ -184,7 +184,11 @@ def _attach_weights(graph: ir.Model, weights: WeightSource) -> None:
         if fake is None or not isinstance(fake.raw, FakeTensor):
             continue  # a constant of the computation, such as the rotary frequencies
         value.const_value = onnx_ir.LazyTensor(
-            _reader(name, weights, fake.raw.dtype), dtype=fake.dtype, shape=fake.shape, cache=False, name=name
+            _reader(name, weights, fake.raw.dtype),
+            dtype=fake.dtype,
+            shape=onnx_ir.Shape(fake.shape),
+            cache=False,
+            name=name,
         )
 
 
