@@ -92,7 +92,7 @@ def generated_by_genai(bundle, ids):
 
 CASES = {
     "llama": (["--sparse-ratio", "0.4", "--sparse-ratio", "down=0.5"], {"TopKSparsify": 4}),
-    "bitnet": ([], {"TernaryMatMul": 7}),
+    "bitnet": ([], {"SparseTernaryMatMul": 2, "TernaryMatMul": 2}),  # q k v, gate up; o, down
     "portable": (["--portable"], {}),
 }
 
