@@ -186,7 +186,7 @@ def _attach_weights(graph: ir.Model, weights: WeightSource) -> None:
         value.const_value = onnx_ir.LazyTensor(
             _reader(name, weights, fake.raw.dtype),
             dtype=fake.dtype,
-            shape=onnx_ir.Shape(fake.shape),
+            shape=onnx_ir.Shape(fake.raw.shape),
             cache=False,
             name=name,
         )
