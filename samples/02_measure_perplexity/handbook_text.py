@@ -75,7 +75,9 @@ def pages(folder: Path) -> list[Page]:
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
     if not (folder / FIRST).is_file():
-        sys.exit(f"{folder} holds no {FIRST}: install the Debian package debian-handbook, or name its folder of HTML pages")
+        sys.exit(
+            f"{folder} holds no {FIRST}: install the Debian package debian-handbook, or name its folder of HTML pages"
+        )
     for page in pages(folder):
         for paragraph in page.paragraphs:
             print(paragraph)
