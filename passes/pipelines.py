@@ -10,6 +10,10 @@ CLEAN = (
     "eliminate-dead",  # what folding left behind
 )
 
+FUSE = (
+    "fuse-sparse-ternary",  # after duplicates are gone: matrices share a mask only when it is one node
+)
+
 LOWER = (
     "attach-bodies",  # the portable fallback and the specification of every custom op
     "infer-shapes",  # after the last rewrite, so that every value of the file carries its shape
@@ -17,4 +21,4 @@ LOWER = (
     "check",  # nothing invalid leaves the compiler
 )
 
-DEFAULT = ",".join(CLEAN + LOWER)
+DEFAULT = ",".join(CLEAN + FUSE + LOWER)

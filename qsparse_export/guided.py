@@ -27,11 +27,22 @@ DOMAIN = "ai.qsparse"
 
 @dataclass(frozen=True)
 class Tap:
-    """One op whose choices are read: the graph value that shows them, and the PyTorch module that it came from."""
+    """One op whose choices are read: the graph value that shows them, and the PyTorch module that it came from.
+
+    ``selection`` (k, block, rescale) where the value is what a fused node selects from: its mask is made again, by the same
+    definition, from the value that the compiled model had.
+    """
 
     op: str
     value: str
     scope: str
+    selection: tuple[int, int, str] | None = None
+
+    def choice(self, values: np.ndarray) -> np.ndarray:
+        """What the op chose, as a masked row, when the graph value was ``values``."""
+        if self.selection is None:
+            return values
+        return torch.ops.qsparse.topk_sparsify(torch.from_numpy(np.array(values)), *self.selection).numpy()
 
 
 @dataclass(frozen=True)
@@ -45,17 +56,32 @@ class IllegitimateChoice:
 def choice_taps(graph: ir.Model) -> tuple[Tap, ...]:
     """The taps of all ops of domain ``ai.qsparse``, in the order in which PyTorch calls them.
 
-    TopKSparsify shows its choice in its output (what is not zero was kept), TernaryMatMul in its input.
+    TopKSparsify shows its choice in its output (what is not zero was kept), TernaryMatMul in its input. A fused
+    SparseTernaryMatMul stands for the calls that it was made of, and shows the choices of all of them in its input.
     """
     from qsparse_export.passes.annotate_scope import SCOPE
 
-    taps = []
+    taps: list[Tap] = []
     for node in graph.graph:
         if node.domain == DOMAIN:
             value = node.outputs[0] if node.op_type == "TopKSparsify" else node.inputs[0]
             assert value is not None and value.name is not None
-            taps.append(Tap(node.op_type, value.name, node.metadata_props.get(SCOPE, node.name or "")))
+            scope = node.metadata_props.get(SCOPE, node.name or "")
+            if node.op_type == "SparseTernaryMatMul":
+                taps.extend(_fused_taps(node, value, scope))
+            else:
+                taps.append(Tap(node.op_type, value.name, scope))
     return tuple(taps)
+
+
+def _fused_taps(node: ir.Node, value: ir.Value, scope: str) -> list[Tap]:
+    attributes = node.attributes
+    assert value.name is not None and value.shape is not None
+    k, block, rescale = (attributes["k"].as_int(), attributes["block"].as_int(), attributes["rescale"].as_string())
+    is_masked = block > 0 or rescale != "none" or k != value.shape[-1]
+    selection = (k, block, rescale) if is_masked else None
+    ops = [*(["TopKSparsify"] if is_masked else []), *["TernaryMatMul"] * len(attributes["n"].as_ints())]
+    return [Tap(op, value.name, scope, selection) for op in ops]
 
 
 class Guide(TorchDispatchMode):

@@ -175,7 +175,7 @@ def _trace(folder: Path, runtime: Runtime, graph: ir.Model, case: Case, count: i
         ids=(*case.prompt, *tokens[:-1]),
         tokens=tuple(tokens),
         steps=tuple(steps),
-        choices=tuple((tap, joined[tap.value]) for tap in taps),
+        choices=tuple((tap, tap.choice(joined[tap.value])) for tap in taps),
         layers=tuple(joined[name] for name in layer_values),
         native_calls=session.native_calls(),
     )

@@ -58,15 +58,17 @@ def verify_module(
 
     judge = deploy(program.eager())
     taps = choice_taps(graph)
-    names = tuple(dict.fromkeys(tap.value for tap in taps))
+    given = {value.name for value in graph.graph.inputs}
+    names = tuple(dict.fromkeys(tap.value for tap in taps if tap.value not in given))
     noise, limit = 0.0, FLOOR["float32"]
     paths: list[ModulePathParity] = []
     for path in (["native"] if native else []) + (["bodies"] if level == "full" or not native else []):
         session = runtime.open(folder, threads=None, native=path == "native", taps=names)
-        results = session.run(dict(zip(session.input_names, _arrays(program.example_inputs), strict=True)))
+        feeds = dict(zip(session.input_names, _arrays(program.example_inputs), strict=True))
+        results = session.run(feeds)
         outputs = {name: session.to_numpy(value) for name, value in results.items()}
         got = [outputs[name] for name in session.output_names if name not in names]
-        choices = [(tap, outputs[tap.value]) for tap in taps]
+        choices = [(tap, tap.choice((feeds | outputs)[tap.value])) for tap in taps]
 
         def guided(inputs: tuple[Any, ...], guide: Guide) -> list[np.ndarray]:
             with guide, torch.no_grad():
