@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
-from qsparse_export.passes import PASSES
 
 from qsparse_export.errors import UsageError, near_names
+from qsparse_export.passes import PASSES
 
 __all__ = ["Pass", "PassResult", "parse_pipeline", "run_pipeline"]
 

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import onnx_ir as ir
 from onnx_ir.passes.common import CheckerPass
-from qsparse_export.passes.base import Pass, PassResult
 
 from qsparse_export.errors import ExportError
+from qsparse_export.passes.base import Pass, PassResult
 
 
 @dataclass(frozen=True)

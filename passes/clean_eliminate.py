@@ -12,6 +12,7 @@ from onnx_ir.passes.common import (
     RemoveUnusedNodesPass,
     RemoveUnusedOpsetsPass,
 )
+
 from qsparse_export.passes.base import Pass, PassResult
 
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 from onnxscript.optimizer import fold_constants
+
 from qsparse_export.passes.base import Pass, PassResult
 
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 from onnx_ir.passes.common import TopologicalSortPass
+
 from qsparse_export.passes.base import Pass, PassResult
 
 

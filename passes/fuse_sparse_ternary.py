@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
+
 from qsparse_export.passes.annotate_scope import SCOPE
 from qsparse_export.passes.base import Pass, PassResult
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
+
 from qsparse_export.passes.base import Pass, PassResult
 
 

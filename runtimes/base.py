@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
     from qsparse_export.targets.target import Target
 
 NativeCalls = dict[str, dict[str, int]]

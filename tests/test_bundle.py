@@ -10,10 +10,10 @@ import textwrap
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from qsparse_export.targets.detect import host
 
 from qsparse_export.bundle import MANIFEST, Bundle, staged, write_manifest
 from qsparse_export.errors import BundleError, TargetError
+from qsparse_export.targets.detect import host
 
 
 def manifest(**changes):

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from qsparse_export.runtimes.base import NativeCalls, subtract_calls
-from qsparse_export.runtimes.ort import library
 
 from qsparse_export.errors import BundleError, TargetError
+from qsparse_export.runtimes.base import NativeCalls, subtract_calls
+from qsparse_export.runtimes.ort import library
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import onnxruntime
+
     from qsparse_export.targets.target import Target
 
 GRAPH = "model.onnx"

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from qsparse_export.runtimes.base import NativeCalls
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from onnx.reference.op_run import OpRun
+
     from qsparse_export.targets.target import Target
 
 GRAPH = "model.onnx"

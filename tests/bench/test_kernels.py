@@ -6,12 +6,12 @@ import json
 
 import numpy as np
 import pytest
-from qsparse_export.runtimes.ort.library import open_library
 
 from qsparse_export.bench import graphs, kernels, machine
 from qsparse_export.bench.timing import Contender, interleave
 from qsparse_export.cli.bench import main
 from qsparse_export.formats import ternary
+from qsparse_export.runtimes.ort.library import open_library
 
 QUICK = ["--k", "256", "--n", "300", "--seconds", "0.01"]
 

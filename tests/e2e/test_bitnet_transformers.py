@@ -41,7 +41,8 @@ def load_by_transformers(folder, monkeypatch):
 
 
 def greedy_by_transformers(model, prompt):
-    ids = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
+    model.generation_config.eos_token_id = None  # to the full length
+    ids = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
     return ids[0, len(prompt) :].tolist()
 
 

@@ -6,13 +6,13 @@ import shutil
 
 import pytest
 import torch
-from qsparse_export.runtimes.ort.library import LIBRARY_NAME, open_library
 from safetensors.torch import load_file, save_file
 
 import qsparse_export as qs
 from qsparse_export.bundle import Bundle
 from qsparse_export.config import ModelConfig, SparsityRule, TopK
 from qsparse_export.nn.decoder import Decoder
+from qsparse_export.runtimes.ort.library import LIBRARY_NAME, open_library
 
 og = pytest.importorskip("onnxruntime_genai", reason="from the extra [genai]")
 

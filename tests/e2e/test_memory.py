@@ -29,6 +29,7 @@ def test_export_of_the_bitnet_2b_4t_shape_streams_its_weights(tmp_path):
     """Four of 30 layers: the embedding, which is the largest tensor by far, is whole."""
     shape = "shape:bitnet-2b-4t,layers=4"
     config = qs.load(shape).config
+    assert config is not None
     largest = config.vocab_size * config.hidden_size * 4
     script = Path(sys.executable).with_name("qsparse-export")
     words = [str(script), shape, "--verify", "none", "-o", str(tmp_path / "bundle")]

@@ -12,13 +12,13 @@ from pathlib import Path
 import onnx_ir
 import pytest
 import torch
-from qsparse_export.runtimes import get_runtime
 
 import qsparse_export as qs
 from qsparse_export.bundle import Bundle
 from qsparse_export.generate import Generator
 from qsparse_export.guided import Guide, choice_taps
 from qsparse_export.nn.deploy import materialize
+from qsparse_export.runtimes import get_runtime
 from qsparse_export.sparsity import parse_sparsity
 
 ROOT = Path(__file__).parents[2]
@@ -38,12 +38,33 @@ sys.exit(code)
 """
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """PyTorch alone has hundreds of small operations here, which two threads on a busy machine slow down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def exported(smollm2_gguf, tmp_path_factory):
     """The sparse bundle, its manifest as printed, and the export's peak of resident bytes."""
     out = tmp_path_factory.mktemp("smollm2") / "sparse"
     ratios = [word for ratio in RATIOS for word in ("--sparse-ratio", ratio)]
-    words = [sys.executable, "-c", EXPORT, str(smollm2_gguf), *ratios, "--verify", "quick", "-o", str(out), "--json"]
+    words = [
+        sys.executable,
+        "-P",
+        "-c",
+        EXPORT,
+        str(smollm2_gguf),
+        *ratios,
+        "--verify",
+        "quick",
+        "-o",
+        str(out),
+        "--json",
+    ]
     start = time.perf_counter()
     result = subprocess.run(words, capture_output=True, text=True, timeout=900)
     seconds = time.perf_counter() - start

@@ -8,6 +8,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 
 from kernel_runs import Kernels
+
 from qsparse_export.runtimes.ort.library import open_library
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kernel_cases import Case, Quantize, Sparse, Ternary, TopK
-from qsparse_export.runtimes.ort.library import Library
 
 from qsparse_export.formats import ternary
+from qsparse_export.runtimes.ort.library import Library
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILDS = ROOT / "build" / "tests"

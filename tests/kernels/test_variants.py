@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from kernel_cases import KINDS, Quantize, Sparse, Ternary, TopK, all_cases, as_type, magnitudes, ternary_weights
 from kernel_runs import Kernels
-from qsparse_export.runtimes.ort.library import open_library
 
 from qsparse_export.errors import TargetError
+from qsparse_export.runtimes.ort.library import open_library
 
 SUPPORTED = open_library().supported
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)

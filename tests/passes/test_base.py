@@ -4,12 +4,12 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from qsparse_export.errors import UsageError
 from qsparse_export.passes import PASSES
 from qsparse_export.passes.base import Pass, parse_pipeline, pass_class
 from qsparse_export.passes.clean_fold_constants import FoldConstants
 from qsparse_export.passes.pipelines import DEFAULT
-
-from qsparse_export.errors import UsageError
 
 
 @pytest.mark.parametrize("name", PASSES)

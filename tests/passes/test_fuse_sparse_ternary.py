@@ -7,12 +7,12 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from qsparse_export.passes.fuse_sparse_ternary import FuseSparseTernary, explain
-from qsparse_export.passes.lower_attach_bodies import AttachBodies
-from qsparse_export.runtimes.ort.library import library_path
 
 from qsparse_export import ops
 from qsparse_export.formats.ternary import pack
+from qsparse_export.passes.fuse_sparse_ternary import FuseSparseTernary, explain
+from qsparse_export.passes.lower_attach_bodies import AttachBodies
+from qsparse_export.runtimes.ort.library import library_path
 
 K = 96
 

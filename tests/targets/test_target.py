@@ -3,9 +3,9 @@
 import platform
 
 import pytest
-from qsparse_export.targets.target import load_target, target_names
 
 from qsparse_export.errors import TargetError
+from qsparse_export.targets.target import load_target, target_names
 
 
 @pytest.mark.parametrize("name", target_names())

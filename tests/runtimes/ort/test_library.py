@@ -12,13 +12,13 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from qsparse_export.runtimes.ort.library import Library, library_path, open_library
 
 from qsparse_export.errors import TargetError
 from qsparse_export.formats import ternary
 from qsparse_export.ops.sparse_ternary_matmul import reference as sparse_reference
 from qsparse_export.ops.ternary_matmul import reference as ternary_reference
 from qsparse_export.ops.topk_sparsify import reference as topk_reference
+from qsparse_export.runtimes.ort.library import Library, library_path, open_library
 
 FLOATS = ("float32", "float16")
 KINDS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "float64": TensorProto.DOUBLE}
