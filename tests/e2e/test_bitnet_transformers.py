@@ -24,12 +24,9 @@ CASES = {
 
 @pytest.fixture(autouse=True, scope="module")
 def eager():
-    """transformers compiles its BitNet functions; here they run as written, and on one thread, as models this small should."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """transformers compiles its BitNet functions; here they run as written."""
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
         yield
-    torch.set_num_threads(threads)
 
 
 def load_by_transformers(folder, monkeypatch):

@@ -38,15 +38,6 @@ sys.exit(code)
 """
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """PyTorch alone has hundreds of small operations here, which two threads on a busy machine slow down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def exported(smollm2_gguf, tmp_path_factory):
     """The sparse bundle, its manifest as printed, and the export's peak of resident bytes."""
@@ -69,7 +60,8 @@ def exported(smollm2_gguf, tmp_path_factory):
     result = subprocess.run(words, capture_output=True, text=True, timeout=900)
     seconds = time.perf_counter() - start
     assert result.returncode == 0, result.stderr
-    peak = int(re.search(r"VmHWM:\s+(\d+) kB", result.stderr)[1]) * 1024
+    (peak_kib,) = re.findall(r"VmHWM:\s+(\d+) kB", result.stderr)
+    peak = int(peak_kib) * 1024
     print(f"export of SmolLM2-135M: {seconds:.1f} s on {os.cpu_count()} cores, peak RSS {peak / 2**20:.0f} MiB")
     return Bundle.load(out, check=False), json.loads(result.stdout), peak
 
@@ -100,6 +92,7 @@ def pytorch(smollm2_gguf):
 
     def make(*ratios):
         model = qs.load(smollm2_gguf, sparsity=parse_sparsity(list(ratios)) if ratios else None)
+        assert model.config is not None
         return materialize(model.config, model.weights, torch.float32)
 
     return make
