@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qsparse_export.ops.ternary_matmul import GAMMA_FLOOR, unpacked
+from qsparse_export.ops.ternary_matmul import GAMMA_FLOOR, ternary_matmul, unpacked
+from qsparse_export.ops.topk_sparsify import topk_sparsify
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -42,7 +43,7 @@ class Tap:
         """What the op chose, as a masked row, when the graph value was ``values``."""
         if self.selection is None:
             return values
-        return torch.ops.qsparse.topk_sparsify(torch.from_numpy(np.array(values)), *self.selection).numpy()
+        return topk_sparsify(torch.from_numpy(np.array(values)), *self.selection).numpy()
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Guide(TorchDispatchMode):
 
     def _topk(self, x: torch.Tensor, k: int, block: int, rescale: str) -> torch.Tensor:
         tap, kept = self._next("TopKSparsify", x)
-        own = torch.ops.qsparse.topk_sparsify(x, k, block, "none")
+        own = topk_sparsify(x, k, block, "none")
         if kept is None:
             return own
         mask = kept != 0
@@ -128,7 +129,7 @@ class Guide(TorchDispatchMode):
         if rescale == "none":
             return masked
         # Nothing more to choose: the rescale alone, on all that is left.
-        return torch.ops.qsparse.topk_sparsify(masked, min(x.shape[-1], block or x.shape[-1]), block, rescale)
+        return topk_sparsify(masked, min(x.shape[-1], block or x.shape[-1]), block, rescale)
 
     def _check_mask(self, tap: Tap, x: torch.Tensor, mask: torch.Tensor, own: torch.Tensor) -> None:
         differs = (mask != own).flatten(0, -2)
@@ -152,7 +153,7 @@ class Guide(TorchDispatchMode):
 
     def _ternary(self, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, n: int) -> torch.Tensor:
         tap, theirs = self._next("TernaryMatMul", x)
-        own = torch.ops.qsparse.ternary_matmul(x, w, scale, n)
+        own = ternary_matmul(x, w, scale, n)
         if theirs is None or not x.numel():
             return own
         mine_scaled, gamma = _scaled(x)
@@ -175,4 +176,5 @@ def _scaled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``127 / gamma * x`` before rounding, and gamma, both float32 (semantics of TernaryMatMul)."""
     wide = x.float()
     gamma = wide.abs().amax(-1, keepdim=True).clamp_min(GAMMA_FLOOR)
-    return (127.0 / gamma) * wide, gamma
+    # Not 127.0 / gamma, which torch computes as gamma.reciprocal() * 127: another last bit, and a tie rounds the other way.
+    return (torch.full_like(gamma, 127.0) / gamma) * wide, gamma
