@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qsparse_export.weights import WeightSource
 
 OPSET = 23
+SMALL_BYTES = 1024
 
 
 def decoder_graph(config: ModelConfig, weights: WeightSource, dtype: torch.dtype) -> ir.Model:
@@ -187,7 +188,8 @@ def _attach_weights(graph: ir.Model, weights: WeightSource) -> None:
             _reader(name, weights, fake.raw.dtype),
             dtype=fake.dtype,
             shape=onnx_ir.Shape(fake.raw.shape),
-            cache=False,
+            # A ternary scale is four bytes, and comes out of a whole matrix each time that it is asked for.
+            cache=fake.nbytes <= SMALL_BYTES,
             name=name,
         )
 
