@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qsparse_export.passes.annotate_scope import SCOPE
 from qsparse_export.passes.base import Pass, PassResult
+from qsparse_export.passes.original_choices import choices_of, join_choices
 
 DOMAIN = "ai.qsparse"
 MOST_MATRICES = 64  # QSK_MOST_MATRICES of the kernel library
@@ -127,6 +128,8 @@ def _rewrite(graph: ir.Graph, match: _Match) -> None:
         domain=DOMAIN,
         metadata_props={SCOPE: scope[SCOPE]} if SCOPE in scope else None,
     )
+    members = (*([match.mask] if match.mask is not None else []), *match.products)
+    join_choices(fused, [choice for member in members for choice in choices_of(member)])
     nodes, outputs = [fused], list(fused.outputs)
     if len(results) > 1:
         y = fused.outputs[0]
@@ -140,7 +143,7 @@ def _rewrite(graph: ir.Graph, match: _Match) -> None:
             [y, split_sizes],
             attributes={"axis": -1},
             num_outputs=len(results),
-            metadata_props=dict(fused.metadata_props),
+            metadata_props={SCOPE: scope[SCOPE]} if SCOPE in scope else None,
         )
         nodes, outputs = [fused, split], list(split.outputs)
     graph.insert_before(first, nodes)
