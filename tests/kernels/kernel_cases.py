@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 import quantize_cases
+import sparse_matmul_cases
 import sparse_ternary_cases
 import ternary_cases
 import topk_cases
@@ -21,6 +22,7 @@ OPS = {
     "quantize": quantize_cases,
     "ternary": ternary_cases,
     "sparse_ternary": sparse_ternary_cases,
+    "sparse_matmul": sparse_matmul_cases,
 }
 
 SMALL = 100_000

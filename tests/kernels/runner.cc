@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "qsk/quantize_rows.h"
+#include "qsk/sparse_matmul.h"
 #include "qsk/sparse_ternary_matmul.h"
 #include "qsk/ternary_matmul.h"
 #include "qsk/topk_sparsify.h"
@@ -47,6 +48,7 @@ constexpr Op kOps[] = {
     OP(qsk_quantize_rows),
     OP(qsk_ternary_matmul),
     OP(qsk_sparse_ternary_matmul),
+    OP(qsk_sparse_matmul),
 };
 
 [[noreturn]] void fail(const std::string& message) {
