@@ -10,6 +10,8 @@ references are written for speed; tests/runtimes/ort compares the same library w
 from __future__ import annotations
 
 import numpy as np
+import dense_matmul_cases
+import gather_cases
 import quantize_cases
 import sparse_matmul_cases
 import sparse_ternary_cases
@@ -23,6 +25,8 @@ OPS = {
     "ternary": ternary_cases,
     "sparse_ternary": sparse_ternary_cases,
     "sparse_matmul": sparse_matmul_cases,
+    "dense_matmul": dense_matmul_cases,
+    "gather": gather_cases,
 }
 
 SMALL = 100_000

@@ -14,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "qsk/dense_matmul_nbits.h"
 #include "qsk/quantize_rows.h"
 #include "qsk/sparse_matmul.h"
 #include "qsk/sparse_ternary_matmul.h"
@@ -49,6 +50,8 @@ constexpr Op kOps[] = {
     OP(qsk_ternary_matmul),
     OP(qsk_sparse_ternary_matmul),
     OP(qsk_sparse_matmul),
+    OP(qsk_dense_matmul_nbits),
+    OP(qsk_gather_nbits),
 };
 
 [[noreturn]] void fail(const std::string& message) {

@@ -15,6 +15,15 @@ F8 load(const float* p) { return _mm256_loadu_ps(p); }
 void store(float* p, F8 v) { _mm256_storeu_ps(p, v); }
 F8 fma(F8 a, F8 b, F8 c) { return _mm256_fmadd_ps(a, b, c); }
 F8 load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+F8 load_half_pair(const uint16_t* p) {
+  const __m128i each_four_times = _mm_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3);
+  return _mm256_cvtph_ps(_mm_shuffle_epi8(_mm_loadu_si32(p), each_four_times));
+}
+float sum(F8 v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 unsigned nonzero(F8 v) {
   return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
 }
@@ -48,7 +57,7 @@ void pack_nonzero(F8 v, int32_t first_index, unsigned bits, int32_t* index, floa
 }  // namespace
 }  // namespace qsk
 
-#include "float_rows.h"
+#include "dense_rows.h"
 
 namespace qsk {
 

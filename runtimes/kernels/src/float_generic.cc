@@ -31,6 +31,15 @@ F8 load_half(const uint16_t* p) {
   half_generic.to_float(p, 8, v.lane);
   return v;
 }
+F8 load_half_pair(const uint16_t* p) {
+  float two[2];
+  half_generic.to_float(p, 2, two);
+  return {{two[0], two[0], two[0], two[0], two[1], two[1], two[1], two[1]}};
+}
+float sum(const F8& v) {  // in the order of the vector units
+  const float* x = v.lane;
+  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
 unsigned nonzero(const F8& v) {
   unsigned bits = 0;
   for (int i = 0; i < 8; ++i) bits |= static_cast<unsigned>(v.lane[i] != 0.0f) << i;
@@ -73,7 +82,7 @@ void pack_nonzero(const F8& v, int32_t first_index, unsigned bits, int32_t* inde
 }  // namespace
 }  // namespace qsk
 
-#include "float_rows.h"
+#include "dense_rows.h"
 
 namespace qsk {
 

@@ -39,6 +39,24 @@ struct FloatTile {
   int64_t outputs;         // 1..kFloatTileOutputs, below that only for the last tile of float weights
 };
 
+// Some outputs of a matrix that is read output by output (DenseMatMulNBits), and the rows of x, laid out by the driver:
+// step by step of 32 bytes of codes, plane i of word j being input j * planes + i of the step.
+struct DenseRows {
+  const uint8_t* w;  // [outputs, row_bytes]
+  int64_t row_bytes;
+  const uint16_t* scales;  // float16 [outputs, scales_stride]
+  int64_t scales_stride;
+  int64_t group;  // inputs that share a scale
+  int64_t outputs;
+  int64_t steps;
+  const float* planes;  // [rows, planes_stride]: x by step, plane and lane, divided by what the codes' place multiplies
+  int64_t planes_stride;
+  const float* offsets;  // [rows, offsets_stride]: by step and lane, minus zero point times the sum of x
+  int64_t offsets_stride;
+  int64_t rows;
+  int64_t y_stride;
+};
+
 // What a channel of a row costs in the M > 1 paths, where `add` costs 1: `unpack` per channel, `multiply` per channel
 // and row. Measured; docs/benchmarks.md has the figures.
 struct FloatGemmCost {
@@ -55,6 +73,8 @@ struct FloatKernels {
   void (*multiply)(const float* panels, int64_t channels, const float* x, int64_t x_stride, int64_t rows, float* sums);
   // The positions and values of x that are not zero (NaN is not), in order; both outputs have room for n + 8 elements.
   int64_t (*compact)(const float* x, int64_t n, int32_t* index, float* value);
+  // y[row * y_stride + output] = the products; integers only.
+  void (*dense[kWeightTypes])(const DenseRows& rows, float* y);
   FloatGemmCost cost[kWeightTypes];
 };
 

@@ -26,6 +26,15 @@ F8 load_half(const uint16_t* p) {
   const float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(p));
   return {vcvt_f32_f16(vget_low_f16(halves)), vcvt_f32_f16(vget_high_f16(halves))};
 }
+F8 load_half_pair(const uint16_t* p) {
+  const uint16x4_t low = vdup_n_u16(p[0]), high = vdup_n_u16(p[1]);
+  return {vcvt_f32_f16(vreinterpret_f16_u16(low)), vcvt_f32_f16(vreinterpret_f16_u16(high))};
+}
+float sum(F8 v) {
+  const float32x4_t four = vaddq_f32(v.low, v.high);
+  const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+  return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
 unsigned nonzero(F8 v) {
   static const uint32_t kBits[8] = {1, 2, 4, 8, 16, 32, 64, 128};
   const uint32x4_t low = vbicq_u32(vld1q_u32(kBits), vceqq_f32(v.low, vdupq_n_f32(0.0f)));
@@ -54,7 +63,7 @@ void pack_nonzero(F8 v, int32_t first_index, unsigned bits, int32_t* index, floa
 }  // namespace
 }  // namespace qsk
 
-#include "float_rows.h"
+#include "dense_rows.h"
 
 namespace qsk {
 

@@ -239,14 +239,6 @@ int64_t compact(const float* x, int64_t n, int32_t* index, float* value) {
   return count;
 }
 
-constexpr FloatKernels float_kernels(const FloatGemmCost (&cost)[kWeightTypes]) {
-  return {{add_floats<Float32>, add_floats<Float16>, add_codes<8>, add_codes<4>},
-          {unpack_floats<Float32>, unpack_floats<Float16>, unpack_codes<8>, unpack_codes<4>},
-          multiply,
-          compact,
-          {cost[0], cost[1], cost[2], cost[3]}};
-}
-
 }  // namespace
 }  // namespace qsk
 

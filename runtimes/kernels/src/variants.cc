@@ -117,6 +117,8 @@ const char* qsk_status_message(int status) {
       return "k is outside 0..width of a row or block";
     case QSK_SCRATCH_TOO_SMALL:
       return "the scratch memory is too small";
+    case QSK_BAD_INDEX:
+      return "an id is outside the rows of the matrix";
     case QSK_UNKNOWN_VARIANT:
       return "no kernel variant has that name";
     case QSK_UNSUPPORTED_VARIANT:

@@ -23,6 +23,7 @@ enum {
   QSK_SCRATCH_TOO_SMALL = 5,    // ask the op's *_scratch_bytes function
   QSK_UNKNOWN_VARIANT = 6,      // QSPARSE_VARIANT names no variant of this library
   QSK_UNSUPPORTED_VARIANT = 7,  // QSPARSE_VARIANT names one that this processor or system cannot run
+  QSK_BAD_INDEX = 8,            // an id outside the rows that there are
 };
 
 // Element types; the integers are weights only.
