@@ -155,22 +155,22 @@ def _widens(factor: ir.Value | None, y: ir.Value) -> bool:
 
 def _rewrite(graph: ir.Graph, match: _Match, shared: dict[tuple[int, float], tuple[ir.Value, ir.Value]]) -> None:
     product, row = match.product, match.row
-    n, k = match.shape
     x = _in_type(row.x, match.y.dtype)
     nodes: list[ir.Node] = []
     if row.mask is not None:
-        mask = new_mask(x, row.mask.mask.k, 0, "none", product)
-        add_choice(mask, MaskChoice(str(x.name), str(row.mask.kept.name), (str(row.mask.masked.name),)))
+        k = row.mask.mask.k
+        mask = new_mask(x, k, 0, "none", product)
+        add_choice(mask, MaskChoice(str(x.name), str(row.mask.kept.name), (str(row.mask.masked.name),), k))
         nodes.append(mask)
         x = mask.outputs[0]
     key = (id(match.weights), match.alpha)
     if key not in shared:
-        shared[key] = _new_weights(graph, match, n, k)
+        shared[key] = _new_weights(graph, match)
     packed, scale = shared[key]
     fused = ir.node(
         "TernaryMatMul",
         [x, packed, scale],
-        attributes={"n": n},
+        attributes={"n": match.shape[0]},
         domain=DOMAIN,
         metadata_props={SCOPE: product.metadata_props[SCOPE]} if SCOPE in product.metadata_props else None,
     )
@@ -196,11 +196,11 @@ def _in_type(x: ir.Value, dtype: ir.DataType | None) -> ir.Value:
     return source if source is not None and source.dtype == dtype and dtype in _TYPES else x
 
 
-def _new_weights(graph: ir.Graph, match: _Match, n: int, k: int) -> tuple[ir.Value, ir.Value]:
+def _new_weights(graph: ir.Graph, match: _Match) -> tuple[ir.Value, ir.Value]:
     stem = match.product.metadata_props.get(SCOPE) or match.matrix.source.removesuffix(".weight")
     if f"{stem}.packed" in graph.initializers:
         stem = f"{stem}.{match.product.outputs[0].name}"
-    packed = packed_initializer(match.matrix, f"{stem}.packed", n, k)
+    packed = packed_initializer(match.matrix, f"{stem}.packed", *match.shape)
     alpha = ir.tensor(np.array([match.alpha], np.float32), name=f"{stem}.scale")
     scale = ir.Value(
         name=f"{stem}.scale", const_value=alpha, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.FLOAT)

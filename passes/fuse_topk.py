@@ -176,6 +176,6 @@ def _rewrite(node: ir.Node, match: _Match) -> None:
     fused = new_mask(x, match.mask.k, 0, "none", node)
     assert node.graph is not None and x.name is not None
     node.graph.insert_before(node, fused)
-    add_choice(fused, MaskChoice(x.name, x.name, tuple(str(result.name) for result in results)))
+    add_choice(fused, MaskChoice(x.name, x.name, tuple(str(result.name) for result in results), match.mask.k))
     for result in results:
         replace(result, fused.outputs[0])

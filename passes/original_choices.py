@@ -21,6 +21,7 @@ class MaskChoice:
     x: str
     kept: str
     masked: tuple[str, ...]
+    k: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,6 @@ def choices_of(node: ir.Node) -> list[Choice]:
     """What is noted at ``node``."""
     entries = json.loads(node.metadata_props.get(ORIGINAL, "[]"))
     return [
-        MaskChoice(entry["x"], entry["kept"], tuple(entry["masked"])) if "x" in entry else RoundingChoice(**entry)
+        MaskChoice(**entry | {"masked": tuple(entry["masked"])}) if "x" in entry else RoundingChoice(**entry)
         for entry in entries
     ]
