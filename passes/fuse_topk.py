@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qsparse_export.passes.base import Pass, PassResult
-from qsparse_export.passes.fuse_topk_around import new_mask, replace, simplified
+from qsparse_export.passes.fuse_topk_around import new_mask, put_value, replace, simplified
 from qsparse_export.passes.fuse_topk_masks import (
     Mask,
     NoMatch,
@@ -169,13 +169,16 @@ def _rewrite(node: ir.Node, match: _Match) -> None:
     only_cast_back = not y.is_graph_output() and all(
         cast.domain == "" and cast.op_type == "Cast" and cast.outputs[0].dtype == source.dtype for cast in casts
     )
-    if source is not x and source.dtype in _TYPES and only_cast_back and casts:
-        results, x = [cast.outputs[0] for cast in casts], source
+    narrow = sorted((cast.outputs[0] for cast in casts), key=lambda value: not value.is_graph_output())
+    one_output = sum(value.is_graph_output() for value in narrow) <= 1
+    if source is not x and source.dtype in _TYPES and only_cast_back and narrow and one_output:
+        results, x = narrow, source
     else:
         results = [y]
     fused = new_mask(x, match.mask.k, 0, "none", node)
     assert node.graph is not None and x.name is not None
     node.graph.insert_before(node, fused)
     add_choice(fused, MaskChoice(x.name, x.name, tuple(str(result.name) for result in results), match.mask.k))
-    for result in results:
-        replace(result, fused.outputs[0])
+    replace(results[0], fused.outputs[0])
+    for result in results[1:]:
+        put_value(result, fused.outputs[0])

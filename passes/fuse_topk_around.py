@@ -31,8 +31,8 @@ def new_mask(x: ir.Value, k: int, block: int, rescale: Literal["none", "l2"], no
 
 def replace(old: ir.Value, new: ir.Value) -> None:
     """Whatever reads ``old``, or is it as a graph output, reads ``new``, which takes the name over."""
-    if new.name is None or old.is_graph_output():
-        new.name, old.name = old.name, None
+    name, old.name = old.name, f"{old.name}.replaced"
+    new.name = name  # the graph would call it by a name that may stand for something else in the original
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
@@ -40,12 +40,16 @@ def simplified(graph: ir.Graph | ir.Function) -> bool:
     """Takes in what surrounds the TopKSparsify nodes of ``graph``; True when there was anything."""
     modified = False
     for node in list(graph):
-        if _is_mask(node) or node.domain != "":
-            continue
-        result = node.outputs[0]
-        if node.op_type in ("Add", "Sub") and (masked := _straight_through(node)) is not None:
-            replace(result, masked)
+        same: ir.Value | None = None
+        if _is_mask(node):
+            same = _masked_before(node)
+        elif node.domain == "" and node.op_type in ("Add", "Sub"):
+            same = _straight_through(node)
+        if same is not None:
+            put_value(node.outputs[0], same)
             modified = True
+        elif node.domain != "":
+            continue
         elif node.op_type == "Reshape" and (mask := _blocks(node)) is not None:
             _put(node, mask, _before_reshape(mask.inputs[0]), block=_width(mask.inputs[0]))
             modified = True
@@ -77,6 +81,27 @@ def _put(
     join_choices(fused, choices_of(mask))
     node.graph.insert_before(node, fused)
     replace(node.outputs[0], fused.outputs[0])
+
+
+def put_value(old: ir.Value, same: ir.Value) -> None:
+    """``same`` in the place of ``old``, which has the same elements; only one of them may be a graph output."""
+    if old.is_graph_output():
+        replace(old, same)
+    else:
+        old.replace_all_uses_with(same)
+
+
+def _masked_before(node: ir.Node) -> ir.Value | None:
+    """The input of a mask that keeps all that an earlier one kept: a layer that masks its input in place, then the next."""
+    value = node.inputs[0]
+    before = value.producer() if value is not None else None
+    if before is None or not _is_mask(before):
+        return None
+    first, second = before.attributes, node.attributes
+    same = all(first[name].value == second[name].value for name in ("block", "rescale"))
+    both_outputs = value is not None and value.is_graph_output() and node.outputs[0].is_graph_output()
+    keeps_all = first["k"].as_int() <= second["k"].as_int() and first["rescale"].as_string() == "none"
+    return value if same and keeps_all and not both_outputs else None
 
 
 def _width(value: ir.Value | None) -> int | None:

@@ -14,15 +14,7 @@ from qsparse_export.errors import UsageError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_SIZES = (
-    2,
-    3,
-    5,
-    7,
-    4,
-    6,
-    8,
-)  # of symbolic dimensions, in the order in which they appear: distinct as long as possible
+_SIZES = (3, 5, 7, 4, 6, 8)  # of the symbolic dimensions after the first: distinct as long as possible
 _UNKNOWN = 2
 _GIVE = "give the inputs with --inputs FILE.npz (example_inputs= in Python), or export with --verify none"
 
@@ -36,17 +28,18 @@ def read_inputs(path: str | Path) -> dict[str, np.ndarray]:
         raise UsageError(f"cannot read inputs from {path} ({error}); expected a file of numpy.savez") from error
 
 
-def example_feeds(graph: ir.Graph, given: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+def example_feeds(graph: ir.Graph, given: Mapping[str, np.ndarray] | None, batch: int = 2) -> dict[str, np.ndarray]:
     """Every input of ``graph``: from ``given``, or made up.
 
-    Symbolic dimensions get distinct small sizes (sums such as ``past + sequence`` add up); floats are normal, masks and
+    The first symbolic dimension is ``batch``, the others get distinct small sizes (sums such as ``past + sequence`` add
+    up); floats are normal, masks and
     booleans one, positions count up, ids are below the rows of the table that they pick from, other integers 0 or 1.
     Raises UsageError for a name or type in ``given`` that the graph does not have, and for inputs that are no numbers.
     """
     wanted = {str(value.name): value for value in graph.inputs if value.name not in graph.initializers}
     if unknown := sorted(set(given or ()) - wanted.keys()):
         raise UsageError(f"the model has no input {', '.join(unknown)}; its inputs are {', '.join(wanted)}")
-    sizes: dict[str, int] = {}
+    sizes = _Sizes(batch)
     random = np.random.default_rng(0)
     feeds = {}
     for name, value in wanted.items():
@@ -63,7 +56,18 @@ def _dims(value: ir.Value) -> list[int | str | None]:
     return [dim if isinstance(dim, int) else dim.value for dim in value.shape.dims]
 
 
-def _size(dim: int | str | None, sizes: dict[str, int]) -> int:
+class _Sizes(dict[str, int]):
+    """Sizes of the symbolic dimensions so far."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self._sizes = (first, *_SIZES)
+
+    def new(self) -> int:
+        return self._sizes[len(self) % len(self._sizes)]
+
+
+def _size(dim: int | str | None, sizes: _Sizes) -> int:
     if isinstance(dim, int) or dim is None:
         return _UNKNOWN if dim is None else dim
     terms = re.split(r"\s*\+\s*", dim)
@@ -72,7 +76,7 @@ def _size(dim: int | str | None, sizes: dict[str, int]) -> int:
     if dim not in sizes:
         # attention masks cover past and present: exporters name that length "total", "past_sequence_length + 1", ...
         total = [size for name, size in sizes.items() if re.search("past|seq", name)] if "total" in dim else []
-        sizes[dim] = sum(total) or _SIZES[len(sizes) % len(_SIZES)]
+        sizes[dim] = sum(total) or sizes.new()
     return sizes[dim]
 
 
