@@ -170,10 +170,11 @@ def _schema() -> onnx.defs.OpSchema:
     return schema
 
 
-# Unpacking and transposing fold, the condition too, and its branch is inlined. DequantizeLinear along axis 0 and MatMul
-# become ONNX Runtime's MatMulNBits (see SparseMatMulNBits) of 4 bits, also for 8-bit weights, which are two planes of four:
-# ONNX Runtime 1.32's 8-bit one with activations in float32 dequantises the whole matrix at every call, ten times slower
-# (docs/weights.md). The branch not taken is checked all the same, hence the padding there. Sum and not Add, which it would fuse with one of the products to a Gemm of dequantised weights.
+# Unpacking and transposing fold, the condition too, and its branch is inlined; the branch not taken is checked all the
+# same, hence the padding there. DequantizeLinear along axis 0 and MatMul become ONNX Runtime's MatMulNBits (see
+# SparseMatMulNBits) of 4 bits, also for 8-bit weights, which are two planes of four: ONNX Runtime 1.32's 8-bit one with
+# activations in float32 dequantises the whole matrix at every call, ten times slower. Sum and not Add, which it would
+# fuse with one of the products to a Gemm of dequantised weights.
 BODY = """
 <domain: "ai.qsparse", opset_import: ["" : 23]>
 DenseMatMulNBits <n, k, bits, group> (x, w, scales) => (y)
