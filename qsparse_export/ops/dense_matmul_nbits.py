@@ -32,6 +32,8 @@ def check_operands(
     """UsageError, beginning with ``op``, when output-major weights and scales are not those of an [n, k] matrix."""
     if bits not in nbits.BITS or group < 1:
         raise UsageError(f"{op}: {bits} bits in groups of {group}; expected 4 or 8 bits and a positive group")
+    if group % nbits.WORDS and group < k:
+        raise UsageError(f"{op}: groups of {group} of {k} inputs; expected a multiple of {nbits.WORDS}, or all inputs")
     expected = (n, nbits.output_row_bytes(k, bits)), (n, nbits.group_count(k, group))
     if (tuple(w_shape), tuple(scales_shape)) != expected:
         raise UsageError(
