@@ -1,4 +1,4 @@
-"""Training form -> deployed form: weights channel-major, ternary and n-bit ones packed; whole modules, or one tensor at a time."""
+"""Training form -> deployed form: weights channel-major, ternary and n-bit ones packed; a whole module, or one tensor."""
 
 from __future__ import annotations
 
