@@ -6,6 +6,7 @@ gets the outermost code, -2**(bits - 1), so a scale may be negative: one more co
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -13,8 +14,8 @@ import torch
 from qsparse_export.errors import CheckpointError
 from qsparse_export.weight_formats import GroupFormat
 
-SLICE_WEIGHTS = 1 << 22
-"""Weights quantised at a time: some temporaries of 16 MB each, whatever the size of the matrix."""
+SLICE_WEIGHTS = 1 << 18
+"""Weights quantised at a time, so that the dozen passes over them and their codes stay in a core's cache."""
 
 # Multiples of "the largest weight gets the outermost code" that are tried. A few percent clipped or left free buy accuracy
 # at 4 bits (docs/adr/n-bit-groups-along-the-inputs.md); at 8 bits there is little to gain.
@@ -30,19 +31,21 @@ def group_scales(name: str, weight: torch.Tensor, chosen: GroupFormat) -> tuple[
     zeros, and where float16 has nothing small enough. The error is the L2 norm of what is lost over that of ``weight``.
     Raises CheckpointError naming the tensor for NaN, Inf, or weights whose scale float16 cannot hold.
     """
-    n = len(weight)
-    groups = -(-weight.shape[1] // chosen.group)
-    scales = torch.empty((n, groups), dtype=torch.float16)
+    _require_range(name, weight, chosen)
+    with _one_thread():
+        return _scales_and_error(weight, chosen)
+
+
+def _scales_and_error(weight: torch.Tensor, chosen: GroupFormat) -> tuple[torch.Tensor, float]:
+    scales = torch.empty((len(weight), -(-weight.shape[1] // chosen.group)), dtype=torch.float16)
     lost = total = 0.0
     for rows in _slices(weight):
         w = _grouped(weight[rows], chosen.group)
-        signed_largest = w.gather(-1, w.abs().argmax(-1, keepdim=True))
-        _require_range(name, signed_largest, chosen)
-        found = _best_scale(w, signed_largest, chosen.bits).to(torch.float16)
-        scales[rows] = found.squeeze(-1)
+        found = _best_scale(w, chosen.bits).to(torch.float16)
+        scales[rows] = found
         wide = found.to(torch.float32)
-        lost += float((w - _codes(w, wide, chosen.bits) * wide).square().sum(dtype=torch.float64))
-        total += float(w.square().sum(dtype=torch.float64))
+        lost += float((_codes(w, wide, chosen.bits).mul_(wide) - w).square_().sum())
+        total += float(w.square().sum())
     return scales, (lost / total) ** 0.5 if total else 0.0
 
 
@@ -50,11 +53,22 @@ def group_scales(name: str, weight: torch.Tensor, chosen: GroupFormat) -> tuple[
 def group_codes(weight: torch.Tensor, scales: torch.Tensor, chosen: GroupFormat) -> torch.Tensor:
     """int8 [N, K]: the code nearest to each weight of [N, K], given float16 scales [N, groups]."""
     codes = torch.empty(weight.shape, dtype=torch.int8)
-    for rows in _slices(weight):
-        wide = scales[rows].to(torch.float32).unsqueeze(-1)
-        grouped = _codes(_grouped(weight[rows], chosen.group), wide, chosen.bits)
-        codes[rows] = grouped.flatten(1)[:, : weight.shape[1]].to(torch.int8)
+    with _one_thread():
+        for rows in _slices(weight):
+            grouped = _codes(_grouped(weight[rows], chosen.group), scales[rows].to(torch.float32), chosen.bits)
+            codes[rows] = grouped.to(torch.int8).permute(1, 2, 0).flatten(1)[:, : weight.shape[1]]
     return codes
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Operations on slices are short: on a busy machine PyTorch's threads wait for each other five times as long as they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _slices(weight: torch.Tensor) -> Iterator[slice]:
@@ -63,41 +77,46 @@ def _slices(weight: torch.Tensor) -> Iterator[slice]:
 
 
 def _grouped(rows: torch.Tensor, group: int) -> torch.Tensor:
-    """[n, K] to float32 [n, groups, group]; a short last group is filled up with zeros, which count for nothing."""
+    """[n, K] to float32 [group, n, groups]; a short last group is filled up with zeros, which count for nothing.
+
+    The members of a group come first, since sums over a short last dimension take PyTorch several times as long.
+    """
     wide = torch.nn.functional.pad(rows.to(torch.float32), (0, -rows.shape[1] % group))
-    return wide.unflatten(1, (-1, group))
+    return wide.unflatten(1, (-1, group)).permute(2, 0, 1).contiguous()
 
 
 def _codes(w: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """float32 integers [..., group]; 0 where the scale is."""
+    """float32 integers [group, n, groups]; 0 where the scale [n, groups] is."""
     half = 1 << bits - 1
-    return torch.where(scale == 0, 0.0, w / scale).round_().clamp_(-half, half - 1)
+    # Zero over infinity is zero: no group of zeros divides by zero, and no scale that is 0 gives a code.
+    return (w / torch.where(scale == 0, torch.inf, scale)).round_().clamp_(-half, half - 1)
 
 
-def _best_scale(w: torch.Tensor, signed_largest: torch.Tensor, bits: int) -> torch.Tensor:
-    """float32 [n, groups, 1], by least squares from the candidate whose codes explain most of ``w``."""
+def _best_scale(w: torch.Tensor, bits: int) -> torch.Tensor:
+    """float32 [n, groups], by least squares from the candidate whose codes explain most of ``w`` [group, n, groups]."""
     half = 1 << bits - 1
+    low, high = w.amin(0), w.amax(0)
+    signed_largest = torch.where(-low > high, low, high)
     candidates = [signed_largest * (-multiple / half) for multiple in _MULTIPLES[bits]]
     candidates.append(signed_largest.abs() / (half - 1))
-    best = torch.zeros_like(signed_largest)
-    most = torch.zeros_like(signed_largest)
+    best, most = torch.zeros_like(low), torch.zeros_like(low)
     for candidate in candidates:
         codes = _codes(w, candidate, bits)
-        product, square = (w * codes).sum(-1, keepdim=True), codes.square().sum(-1, keepdim=True).clamp_min(1)
+        product = (w * codes).sum(0)
         # |w - s c|^2 is smallest at s = <w, c> / <c, c>, where it is |w|^2 - <w, c>^2 / <c, c>.
-        fitted = product / square
+        fitted = product / codes.square_().sum(0).clamp_min_(1)
         explained = product * fitted
         is_better = explained > most
         best, most = torch.where(is_better, fitted, best), torch.where(is_better, explained, most)
     return best
 
 
-def _require_range(name: str, signed_largest: torch.Tensor, chosen: GroupFormat) -> None:
-    largest = float(signed_largest.abs().amax()) if signed_largest.numel() else 0.0
-    # A scale may be up to a few percent above largest / half; half of float16's range is far above any real weight.
+def _require_range(name: str, weight: torch.Tensor, chosen: GroupFormat) -> None:
+    # A scale may be some percent above largest / half; half of float16's range is far above any real weight.
     most = _LARGEST_FLOAT16 / 2 * (1 << chosen.bits - 1)
-    if not largest <= most:  # refuses NaN too
+    extremes = [abs(float(extreme)) for extreme in weight.aminmax()] if weight.numel() else []
+    if not all(extreme <= most for extreme in extremes):  # refuses NaN too
         raise CheckpointError(
-            f"tensor {name} holds a weight of magnitude {largest:g}; {chosen.bits}-bit groups with float16 scales hold finite "
-            f"weights up to {most:g}: repair the checkpoint, or keep the weights with --weights keep --head keep"
+            f"tensor {name} holds a weight of magnitude {max(extremes):g}; {chosen.bits}-bit groups with float16 scales hold "
+            f"finite weights up to {most:g}: repair the checkpoint, or keep the weights with --weights keep --head keep"
         )

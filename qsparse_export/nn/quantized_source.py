@@ -42,10 +42,14 @@ class QuantizedSource:
         chosen = self.format_of(name)
         if chosen is None:
             return self._source.read(name)
-        if name not in self._scales:
-            self._scales[name], self.relative_errors[name] = group_scales(name, self._floating(name), chosen)
-        scales = self._scales[name]
-        return GroupWeight(scales, lambda: group_codes(self._floating(name), scales, chosen), chosen)
+        if name in self._scales:
+            scales = self._scales[name]
+            return GroupWeight(scales, lambda: group_codes(self._floating(name), scales, chosen), chosen)
+        weight = self._floating(name)
+        scales, error = group_scales(name, weight, chosen)
+        self._scales[name], self.relative_errors[name] = scales, error
+        # The weight is at hand as long as the result is: a checkpoint may take longer to read than to quantise.
+        return GroupWeight(scales, lambda: group_codes(weight, scales, chosen), chosen)
 
     def _floating(self, name: str) -> torch.Tensor:
         stored = self._source.read(name)
