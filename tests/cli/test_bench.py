@@ -78,12 +78,13 @@ def children(process_id):
 def test_interrupted_in_the_middle_leaves_no_process_and_no_file(bundle, tmp_path, how):
     arguments = [COMMAND, str(bundle), "-p", "0", "-n", "256", "-r", "100000", "--dense"]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(arguments, env=environment, start_new_session=True, **pipes)
     deadline = time.monotonic() + 120
     while len(started := children(process.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(started) == 2 and list(tmp_path.glob("qsparse-bench-*"))
-    process.send_signal(how)
+    os.killpg(process.pid, how)  # as a terminal does: to every process of the command
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and out == b"" and b"Traceback" not in errors
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
