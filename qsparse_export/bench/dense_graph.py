@@ -21,6 +21,11 @@ def write_dense_graph(graph: Path, dense: Path) -> None:
     onnx_ir.save(model, dense)
 
 
+def selects(node: ir.Node) -> bool:
+    """Whether ``node`` is an op of ours with a top-k mask; a ``k`` without a ``block`` is a number of inputs."""
+    return node.domain == DOMAIN and {"k", "block"} <= node.attributes.keys()
+
+
 def keep_all_channels(model: ir.Model) -> bool:
     """Opens every mask of ``model`` in place; returns whether one was closed. BundleError where a width is unknown.
 
@@ -31,7 +36,7 @@ def keep_all_channels(model: ir.Model) -> bool:
 
     modified = False
     for node in list(model.graph.all_nodes()):
-        if node.domain != DOMAIN or "k" not in node.attributes:
+        if not selects(node):
             continue
         x = node.inputs[0]
         width = x.shape[-1] if x is not None and x.shape is not None else None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qsparse_export.bench.dense_graph import selects
 from qsparse_export.ops.base import DOMAIN
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def weight_reads(graph: ir.Graph) -> WeightReads:
 
 def _reads_one_row(node: ir.Node, position: int) -> bool:
     """Whether a decode step takes one row of input ``position``: the token's embedding, or what belongs to its place."""
+    if node.domain == DOMAIN:
+        return node.op_type == "GatherNBits" and position > 0
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
     return node.op_type == "Gather" and node.domain == "" and position == 0 and axis == 0
 
@@ -109,35 +112,36 @@ def _width(node: ir.Node) -> int | None:
 
 
 def _is_product(node: ir.Node) -> bool:
-    known = node.domain == DOMAIN if node.op_type not in _STANDARD_PRODUCTS else True
     first = node.inputs[0] if node.inputs else None
-    return known and first is not None and not first.is_initializer() and _width(node) is not None
+    is_known = node.domain == DOMAIN or node.op_type in _STANDARD_PRODUCTS
+    return is_known and first is not None and not first.is_initializer() and _width(node) is not None
+
+
+def _skips(node: ir.Node) -> bool:
+    return selects(node) or (node.domain == DOMAIN and node.op_type == "TernaryMatMul")
 
 
 def _is_matrix(node: ir.Node, value: ir.Value) -> bool:
-    """Ours keep a row per input channel; what else they have (scales) is read whole. Standard ones: their weights."""
+    """What skips has one row per input channel; what else it reads (scales of groups) it reads whole."""
     assert value.const_value is not None
     shape = value.const_value.shape.numpy()
-    if node.domain == DOMAIN:
-        return len(shape) >= 2 and shape[0] == _width(node)
-    return len(shape) >= 2
+    return len(shape) >= 2 and (not _skips(node) or shape[0] == _width(node))
 
 
 def _product(node: ir.Node, weights: list[ir.Value]) -> Product:
     x, width = node.inputs[0], _width(node)
     assert x is not None and x.name is not None and width is not None
-    is_ours = node.domain == DOMAIN
-    attributes = node.attributes if is_ours else {}
+    attributes = node.attributes if selects(node) else {}
     return Product(
         op=node.op_type,
         linears=tuple(dict.fromkeys(linear for value in weights for linear in linears_of(value.name or ""))),
         x=x.name,
         channels=width,
         weight_bytes=sum(value.const_value.nbytes for value in weights if value.const_value is not None),
-        skips=is_ours,
-        kept=attributes["k"].as_int() if "k" in attributes else width,
-        block=attributes["block"].as_int() if "block" in attributes else 0,
-        quantises=is_ours and node.op_type in _QUANTISING,
+        skips=_skips(node),
+        kept=attributes["k"].as_int() if attributes else width,
+        block=attributes["block"].as_int() if attributes else 0,
+        quantises=node.domain == DOMAIN and node.op_type in _QUANTISING,
         rescales="rescale" in attributes and attributes["rescale"].as_string() != "none",
     )
 

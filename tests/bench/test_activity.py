@@ -4,7 +4,10 @@ import numpy as np
 import onnx_ir
 import pytest
 import torch
+from onnx import TensorProto
+from onnx.helper import make_graph, make_model, make_node, make_tensor_value_info
 
+from qsparse_export.bench.dense_graph import keep_all_channels
 from qsparse_export.bench.density import measure_activity
 from qsparse_export.bench.prompt import first_token
 from qsparse_export.bench.weight_reads import linears_of, weight_reads
@@ -130,6 +133,53 @@ def test_nothing_is_written_into_the_bundle(bundles):
     before = bundle.path.stat().st_mtime_ns
     activity(bundle)
     assert bundle.path.stat().st_mtime_ns == before
+
+
+def test_quantised_products_and_a_tied_head(tmp_path):
+    """Channel-major int4 is read by active channel, an output-major head whole, its embedding by row."""
+    k, n, vocab, group = 32, 64, 32, 16  # as many outputs as inputs: shapes alone do not tell which is which
+    domain = "ai.qsparse"
+    constants = {
+        "head.codes": (TensorProto.UINT8, [vocab, k // 2]),
+        "head.scales": (TensorProto.FLOAT16, [vocab, k // group]),
+        "block.up.codes": (TensorProto.INT4, [k, n]),
+        "block.up.scales": (TensorProto.FLOAT16, [k // group, n]),
+    }
+    nbits = {"bits": 4, "group": group}
+    nodes = [
+        make_node("GatherNBits", ["ids", "head.codes", "head.scales"], ["x"], domain=domain, k=k, dtype=1, **nbits),
+        make_node(
+            "SparseMatMulNBits",
+            ["x", "block.up.codes", "block.up.scales"],
+            ["h"],
+            domain=domain,
+            **{"k": 8, "block": 0, "rescale": "none", "n": [n]} | nbits,
+        ),
+        make_node("Slice", ["h", "zero", "width", "last"], ["z"]),
+        make_node("DenseMatMulNBits", ["z", "head.codes", "head.scales"], ["y"], domain=domain, n=vocab, k=k, **nbits),
+    ]
+    graph = make_graph(
+        nodes,
+        "g",
+        [make_tensor_value_info("ids", TensorProto.INT64, [1, 1])],
+        [make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, vocab])],
+        value_info=[make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, k]) for name in ("x", "z")],
+    )
+    for name, (kind, shape) in constants.items():
+        size = int(np.prod(shape)) * {TensorProto.UINT8: 8, TensorProto.FLOAT16: 16, TensorProto.INT4: 4}[kind] // 8
+        graph.initializer.append(TensorProto(name=name, data_type=kind, dims=shape, raw_data=bytes(size)))
+    model = onnx_ir.from_proto(make_model(graph))
+    up, head = weight_reads(model.graph).products
+    assert (up.linears, up.weight_bytes, up.skips, up.kept) == (("block.up",), k * n // 2, True, 8)
+    assert (head.linears, head.weight_bytes, head.skips) == (("head",), vocab * (k // 2 + 2 * (k // group)), False)
+    assert weight_reads(model.graph).other_bytes == 2 * n * (k // group)  # scales; the embedding's row is the head's
+    x = np.ones((1, k), np.float32)
+    x[0, 4:] = 0
+    assert up.bytes_read(up.active(x)) == 4 * n // 2 and head.bytes_read(head.active(x)) == head.weight_bytes
+    assert keep_all_channels(model) and not keep_all_channels(model)
+    (opened,) = (node for node in model.graph if node.op_type == "SparseMatMulNBits")
+    assert (opened.attributes["k"].as_int(), opened.attributes["block"].as_int()) == (k, 0)
+    assert all("block" not in node.attributes for node in model.graph if node.op_type != "SparseMatMulNBits")
 
 
 def test_names_of_fused_weights():
