@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 
 from qsparse_export.bench.report import FORMATS
-from qsparse_export.cli import bench_model
+from qsparse_export.cli import bench_model, bench_report
 from qsparse_export.cli.console import run, say
 
 _EPILOG = """\
@@ -62,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
 def _command(argv: Sequence[str]) -> None:
     if argv[:1] == ["kernels"]:
         _kernels(argv[1:])
+    elif argv[:1] == ["report"]:
+        bench_report.command(argv[1:])
     else:
         bench_model.command(argv)
 

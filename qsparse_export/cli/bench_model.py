@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qsparse_export.cli.console import say
@@ -19,6 +20,7 @@ EPILOG = """\
 commands
   qsparse-bench BUNDLE               a whole model: this page
   qsparse-bench kernels --help       one kernel, beside ONNX Runtime's own and the machine's memory bandwidth
+  qsparse-bench report --help        merges the JSON of many runs and devices into one table and page
 
 examples
   qsparse-bench smollm2                                       pp512 and tg128, kernels, all cores
@@ -37,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line of ``qsparse-bench BUNDLE``."""
     made = argparse.ArgumentParser(
         prog="qsparse-bench",
-        usage="qsparse-bench BUNDLE [options]  |  qsparse-bench kernels [options]",
+        usage="qsparse-bench BUNDLE [options] | kernels [options] | report FILE.json...",
         description="Measures a bundle that qsparse-export wrote: speed, memory, and how sparse it really is.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -53,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also with the function bodies instead of the kernels: rows of the mode bodies",
     )
+    made.add_argument("--device", metavar="NAME", help="what to call this machine in merged reports")
     made.add_argument("-o", "--output", choices=FORMATS, default="md", help="format (default md)")
     return made
 
@@ -100,6 +103,8 @@ def command(argv: Sequence[str]) -> None:
                 f"note: in the mode {activity.mode}, {', '.join(activity.not_native)} ran as function bodies: the "
                 "installed kernel library does not have them"
             )
+    if arguments.device:
+        measured = replace(measured, machine={"device": arguments.device, **measured.machine})
     print(model_report.spell(measured, arguments.output), flush=True)
 
 
