@@ -42,28 +42,28 @@ class OrtRuntime:
             files.append(_copy_library(target, folder))
         return tuple(files)
 
-    def open(self, folder: Path, *, threads: int | None, native: bool, taps: Sequence[str] = ()) -> OrtSession:
-        """Loads ``folder/model.onnx``; with ``native`` the *installed* kernel library is registered.
+    def open(
+        self, folder: Path, *, threads: int | None, native: bool, taps: Sequence[str] = (), graph: Path | None = None
+    ) -> OrtSession:
+        """Loads ``graph`` (None: ``folder/model.onnx``); with ``native`` the *installed* kernel library is registered.
 
         The library inside a bundle is for other programs to embed: this one never loads code that a model brings.
         """
-        if not taps:
-            return OrtSession(folder / GRAPH, threads=threads, native=native)
-        tapped = folder / f"tapped-{GRAPH}"  # beside the weights, since external data is relative to the graph
-        try:
-            _add_outputs(folder / GRAPH, tapped, taps)
-            return OrtSession(tapped, threads=threads, native=native)
-        finally:
-            tapped.unlink(missing_ok=True)
+        if graph is None and not taps:
+            return OrtSession(folder / GRAPH, folder, threads=threads, native=native)
+        altered = _with_outputs(graph or folder / GRAPH, taps)
+        return OrtSession(altered, folder, threads=threads, native=native)
 
 
-def _add_outputs(graph: Path, tapped: Path, values: Sequence[str]) -> None:
+def _with_outputs(graph: Path, values: Sequence[str]) -> bytes:
+    if not values:
+        return graph.read_bytes()
     import onnx
 
     model = onnx.load(graph, load_external_data=False)
     known = {value.name: value for value in model.graph.value_info}
     model.graph.output.extend(known[name] for name in values)
-    onnx.save(model, tapped)
+    return model.SerializeToString()
 
 
 def _copy_library(target: Target, folder: Path) -> str:
@@ -83,11 +83,14 @@ def _copy_library(target: Target, folder: Path) -> str:
 class OrtSession:
     """An ``onnxruntime.InferenceSession`` whose tensors stay in the runtime between runs."""
 
-    def __init__(self, graph: Path, *, threads: int | None, native: bool) -> None:
+    def __init__(self, graph: Path | bytes, folder: Path, *, threads: int | None, native: bool) -> None:
+        """``graph`` is a file in ``folder``, or a serialised model whose external data lie there."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        if isinstance(graph, bytes):
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         # A thread that spins while it waits takes the core that another program, or the next kernel, needs: on two cores
         # that one other process shares, generation is twice as fast without.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -105,7 +108,9 @@ class OrtSession:
         try:
             self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a class per status code, without a common base of their own
-            raise BundleError(f"ONNX Runtime {onnxruntime.__version__} refused {graph.name}: {error}") from error
+            raise BundleError(
+                f"ONNX Runtime {onnxruntime.__version__} refused the graph of {folder}: {error}"
+            ) from error
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
         self.input_types = {value.name: value.type for value in self._session.get_inputs()}
