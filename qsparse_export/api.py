@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from qsparse_export.loader import Model
+    from qsparse_export.passes.base import OnPass
     from qsparse_export.runtimes.base import Runtime
     from qsparse_export.targets.target import Target
     from qsparse_export.weights import WeightSource
@@ -27,7 +28,7 @@ class Options:
     """How to compile. ``weights``: keep (ternary stays ternary, floats become float32 without loss), fp32, fp16, ternary
     (BitNet quantisation of every block linear), int8 or int4 (groups). ``head`` and ``activations``: see
     :func:`qsparse_export.precision.precision`. ``portable`` leaves the kernel library out. ``pipeline`` is a spec string of
-    passes (None: the default)."""
+    passes, or an edit of the default one (None: the default)."""
 
     target: str = "cpu"
     runtime: str = "ort"
@@ -38,6 +39,7 @@ class Options:
     verify: Literal["full", "quick", "none"] = "full"
     pipeline: str | None = None
     force: bool = False
+    on_pass: OnPass | None = None
 
 
 def export(
@@ -54,30 +56,36 @@ def export(
     pipeline: str | None = None,
     force: bool = False,
     name: str | None = None,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     on_stage: Callable[[str], None] | None = None,
+    on_pass: OnPass | None = None,
 ) -> Bundle:
     """Compiles ``model`` for ``target`` into the folder ``out`` (default: NAME-TARGET in the working directory).
 
     ``model`` is what :func:`qsparse_export.load` returned, a trained :class:`qsparse_export.nn.decoder.Decoder`, or any
     module or exported program of tensors; a module that is no decoder needs ``example_inputs`` (and ``dynamic_shapes`` as
     for torch.export). Before success the bundle is run against PyTorch (see :mod:`qsparse_export.verify`) and written
-    atomically. ``on_stage`` is told the name of each stage as it starts.
+    atomically. An ONNX file is verified against itself, run by ONNX Runtime on ``example_inputs`` by name, or on inputs
+    that are made up. ``on_stage`` is told the name of each stage as it starts, ``on_pass`` the graph after each pass.
 
     Raises a :class:`qsparse_export.errors.QSparseError`: nothing is left in ``out`` then.
     """
+    from qsparse_export.foreign import export_onnx
     from qsparse_export.runtimes import get_runtime
     from qsparse_export.targets.target import load_target
 
-    options = Options(target, runtime, weights, head, activations, portable, verify, pipeline, force)
+    options = Options(target, runtime, weights, head, activations, portable, verify, pipeline, force, on_pass)
     device, backend = load_target(target), get_runtime(runtime)
     device.require_runtime(runtime)
     tell = on_stage or (lambda _stage: None)
-    loaded = as_model(model, name, example_inputs, dynamic_shapes)
+    positional = None if isinstance(example_inputs, Mapping) else example_inputs
+    loaded = as_model(model, name, positional, dynamic_shapes)
     folder = Path(out) if out is not None else Path.cwd() / f"{loaded.name}-{device.name}"
     with staged(folder, force=force) as staging:
-        if loaded.config is None:
+        if loaded.onnx is not None:
+            manifest = export_onnx(loaded, loaded.onnx, device, backend, options, example_inputs, staging, tell)
+        elif loaded.config is None:
             manifest = _export_module(loaded, device, backend, options, staging, tell)
         else:
             manifest = _export_decoder(loaded, loaded.config, device, backend, options, staging, tell)
@@ -138,7 +146,7 @@ def _export_decoder(
     tell("compile")
     files = compile_graph(graph, target, runtime, folder, native=not options.portable)
     add_decoder_files(folder, files, config, model.tokenizer.read() if model.tokenizer else None)
-    manifest = _manifest("decoder", model, target, options, pipeline)
+    manifest = manifest_of("decoder", model, target, options, pipeline)
     manifest |= {
         "dtype": chosen.dtype,
         "model": config.to_dict(),
@@ -200,7 +208,7 @@ def _export_module(
     pipeline = _lower(graph, options)
     tell("compile")
     compile_graph(graph, target, runtime, folder, native=not options.portable)
-    manifest = _manifest("module", model, target, options, pipeline)
+    manifest = manifest_of("module", model, target, options, pipeline)
     if options.verify != "none":
         tell("verify")
         manifest["parity"] = verify_module(
@@ -213,7 +221,7 @@ def _lower(graph: ir.Model, options: Options) -> str:
     from qsparse_export.lower import lower
     from qsparse_export.passes.pipelines import DEFAULT
 
-    return lower(graph, DEFAULT if options.pipeline is None else options.pipeline)
+    return lower(graph, options.pipeline, DEFAULT, options.on_pass)
 
 
 def sparsity_table(config: ModelConfig) -> list[dict[str, Any]]:
@@ -246,7 +254,8 @@ def sparsity_table(config: ModelConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def _manifest(kind: str, model: Model, target: Target, options: Options, pipeline: str) -> dict[str, Any]:
+def manifest_of(kind: str, model: Model, target: Target, options: Options, pipeline: str) -> dict[str, Any]:
+    """What every manifest says, whatever was compiled."""
     from qsparse_export import __version__
     from qsparse_export.versions import tool_versions
 
