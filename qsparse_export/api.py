@@ -26,7 +26,7 @@ Weights = Literal["keep", "fp32", "fp16", "ternary"]
 class Options:
     """How to compile. ``weights``: keep (ternary stays ternary, floats become float32 without loss), fp32, fp16, ternary
     (BitNet quantisation of every block linear). ``portable`` leaves the kernel library out. ``pipeline`` is a spec string
-    of passes (None: the default)."""
+    of passes (None: the default). ``with_bench`` adds qsparse-device-bench."""
 
     target: str = "cpu"
     runtime: str = "ort"
@@ -35,6 +35,7 @@ class Options:
     verify: Literal["full", "quick", "none"] = "full"
     pipeline: str | None = None
     force: bool = False
+    with_bench: bool = False
 
 
 def export(
@@ -51,6 +52,7 @@ def export(
     name: str | None = None,
     example_inputs: Sequence[Any] | None = None,
     dynamic_shapes: Any = None,
+    with_bench: bool = False,
     on_stage: Callable[[str], None] | None = None,
 ) -> Bundle:
     """Compiles ``model`` for ``target`` into the folder ``out`` (default: NAME-TARGET in the working directory).
@@ -58,16 +60,19 @@ def export(
     ``model`` is what :func:`qsparse_export.load` returned, a trained :class:`qsparse_export.nn.decoder.Decoder`, or any
     module or exported program of tensors; a module that is no decoder needs ``example_inputs`` (and ``dynamic_shapes`` as
     for torch.export). Before success the bundle is run against PyTorch (see :mod:`qsparse_export.verify`) and written
-    atomically. ``on_stage`` is told the name of each stage as it starts.
+    atomically. A target whose runtime can load no library gets the function bodies alone. ``with_bench`` puts
+    qsparse-device-bench into the bundle of a decoder. ``on_stage`` is told the name of each stage as it starts.
 
     Raises a :class:`qsparse_export.errors.QSparseError`: nothing is left in ``out`` then.
     """
+    from qsparse_export.compile import check_target
     from qsparse_export.runtimes import get_runtime
     from qsparse_export.targets.target import load_target
 
-    options = Options(target, runtime, weights, portable, verify, pipeline, force)
     device, backend = load_target(target), get_runtime(runtime)
-    device.require_runtime(runtime)
+    dtype = "float16" if weights == "fp16" else "float32"
+    native = check_target(device, backend, portable=portable, dtype=dtype, with_bench=with_bench)
+    options = Options(target, runtime, weights, not native, verify, pipeline, force, with_bench)
     tell = on_stage or (lambda _stage: None)
     loaded = as_model(model, name, example_inputs, dynamic_shapes)
     folder = Path(out) if out is not None else Path.cwd() / f"{loaded.name}-{device.name}"
@@ -118,7 +123,7 @@ def _export_decoder(
 ) -> dict[str, Any]:
     import torch
 
-    from qsparse_export.compile import add_decoder_files, compile_graph
+    from qsparse_export.compile import add_decoder_files, add_device_bench, compile_graph, verification_record
     from qsparse_export.exporter import decoder_graph
 
     config = _with_weights(config, options.weights)
@@ -130,7 +135,9 @@ def _export_decoder(
     tell("compile")
     files = compile_graph(graph, target, runtime, folder, native=not options.portable)
     add_decoder_files(folder, files, config, model.tokenizer.read() if model.tokenizer else None)
-    manifest = _manifest("decoder", model, target, options, pipeline)
+    if options.with_bench:
+        add_device_bench(folder, target)
+    manifest = _manifest("decoder", model, target, runtime, options, pipeline)
     manifest |= {
         "dtype": str(dtype).removeprefix("torch."),
         "model": config.to_dict(),
@@ -139,6 +146,7 @@ def _export_decoder(
     if options.verify != "none":
         tell("verify")
         manifest["parity"] = _verify_decoder(model, config, dtype, graph, runtime, options, folder)
+        manifest["parity"]["ran_on"] = verification_record(target, runtime, native=not options.portable)
     return manifest
 
 
@@ -166,7 +174,7 @@ def _verify_decoder(
 def _export_module(
     model: Model, target: Target, runtime: Runtime, options: Options, folder: Path, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    from qsparse_export.compile import compile_graph
+    from qsparse_export.compile import compile_graph, verification_record
     from qsparse_export.exporter import module_graph
     from qsparse_export.verify_module import verify_module
 
@@ -174,6 +182,8 @@ def _export_module(
         raise UsageError(
             f"--weights {options.weights} needs a decoder; quantise this module with qsparse_export.nn.sparsify first"
         )
+    if options.with_bench:
+        raise UsageError("--with-bench needs a decoder: qsparse-device-bench generates tokens, which a module does not")
     assert model.program is not None
     tell("export")
     graph = module_graph(model.program)
@@ -181,12 +191,13 @@ def _export_module(
     pipeline = _lower(graph, options)
     tell("compile")
     compile_graph(graph, target, runtime, folder, native=not options.portable)
-    manifest = _manifest("module", model, target, options, pipeline)
+    manifest = _manifest("module", model, target, runtime, options, pipeline)
     if options.verify != "none":
         tell("verify")
         manifest["parity"] = verify_module(
             folder, runtime, graph, model.program, options.verify, native=not options.portable
         ).to_dict()
+        manifest["parity"]["ran_on"] = verification_record(target, runtime, native=not options.portable)
     return manifest
 
 
@@ -239,8 +250,11 @@ def sparsity_table(config: ModelConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def _manifest(kind: str, model: Model, target: Target, options: Options, pipeline: str) -> dict[str, Any]:
+def _manifest(
+    kind: str, model: Model, target: Target, runtime: Runtime, options: Options, pipeline: str
+) -> dict[str, Any]:
     from qsparse_export import __version__
+    from qsparse_export.compile import library_record
     from qsparse_export.versions import tool_versions
 
     return {
@@ -251,12 +265,15 @@ def _manifest(kind: str, model: Model, target: Target, options: Options, pipelin
         "source": {"format": model.source_format, "sha256": model.source_sha256},
         "target": {
             "name": target.name,
+            "triple": target.triple,
             "arch": target.arch,
             "system": target.system,
             "features": sorted(target.features),
+            "threads": target.threads,
         },
         "runtime": options.runtime,
         "native": not options.portable,
+        "library": library_record(target, runtime, native=not options.portable),
         "weights": options.weights,
         "pipeline": pipeline,
         "tools": tool_versions(),

@@ -72,7 +72,7 @@ class Bundle:
         wants = f"{target['arch']} {target['system']}" + (f" with {', '.join(lacks)}" if lacks else "")
         raise TargetError(
             f"{self.path} was made for {target['name']} ({wants}), and this machine is {here.arch} {here.system}"
-            + (" without that" if lacks else "")
+            + (f" without that: it has {', '.join(sorted(here.features)) or 'no feature known here'}" if lacks else "")
             + "; export it with --target cpu on this machine, or run it with --no-native (function bodies, slower)"
         )
 

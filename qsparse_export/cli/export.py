@@ -63,6 +63,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--portable", action="store_true", help="leave the kernel library out: any ONNX Runtime runs it")
     made.add_argument(
+        "--with-bench", action="store_true", help="add qsparse-device-bench, which checks and times the bundle there"
+    )
+    made.add_argument(
         "--verify",
         default="full",
         choices=["full", "quick", "none"],
@@ -111,6 +114,7 @@ def _command(argv: Sequence[str]) -> None:
         verify=arguments.verify,
         pipeline=arguments.passes,
         force=arguments.force,
+        with_bench=arguments.with_bench,
         on_stage=stages,
     )
     stages(None)
@@ -131,6 +135,10 @@ def _report(bundle: Bundle) -> None:
     else:
         for path in parity["paths"]:
             say("  " + _parity_line(path, parity["limit"]))
+        if "note" in parity["ran_on"]:
+            say("  note: " + parity["ran_on"]["note"])
+    if not manifest["native"]:
+        say("  no kernel library inside: the function bodies run, slower")
     say(f"\nrun it:  qsparse-run {bundle.path} --prompt 'Once upon a time'" if manifest["kind"] == "decoder" else "")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from qsparse_export.errors import TargetError
 
 LIBRARY_NAME = "libqsparse_ort.so"
+DEVICE_BENCH_NAME = "qsparse-device-bench"
 FORCE_VARIABLE = "QSPARSE_VARIANT"
 
 
@@ -59,6 +60,22 @@ def library_path() -> Path:
             f"{LIBRARY_NAME} is not part of this installation; install the package with a C++ compiler present "
             "(pip install .), or run on the function bodies only"
         )
+    return path
+
+
+def source_folder() -> Path:
+    """The C++ sources that the library was built from, with ONNX Runtime's headers; TargetError where there are none."""
+    folder = library_path().parent / "source"
+    if not (folder / "CMakeLists.txt").is_file():
+        raise TargetError(f"{folder} with the kernels' sources is missing; install the package again (pip install .)")
+    return folder
+
+
+def device_bench_path() -> Path:
+    """The benchmark program for this machine; TargetError where this installation has none."""
+    path = library_path().parent / DEVICE_BENCH_NAME
+    if not path.is_file():
+        raise TargetError(f"{DEVICE_BENCH_NAME} is not part of this installation; install the package again")
     return path
 
 
