@@ -43,12 +43,8 @@ def add_device_bench(target: Target, folder: Path) -> str:
 
 
 def installed_record() -> dict[str, Any]:
-    """What the installed library is: its triple, its sources, its version."""
-    return {
-        "triple": host().triple,
-        "sources_sha256": cross_build.sources_sha256(),
-        "compiler": "installed with the package",
-    }
+    """What the installed library is: its triple, its sources, the C library that it needs, and what compiled it."""
+    return _record(library.library_path(), host().triple, "installed with the package")
 
 
 def record(target: Target) -> dict[str, Any]:
@@ -56,7 +52,16 @@ def record(target: Target) -> dict[str, Any]:
     if is_installed(target):
         return installed_record()
     tools = cross_build.require_tools(target.name, target.triple, target.system)
-    return installed_record() | {"triple": target.triple, "compiler": tools.compiler_version}
+    return _record(_built(target, "library"), target.triple, tools.compiler_version)
+
+
+def _record(file: Path, triple: str, compiler: str) -> dict[str, Any]:
+    return {
+        "triple": triple,
+        "sources_sha256": cross_build.sources_sha256(),
+        "needs_glibc": library.needed_glibc(file),
+        "compiler": compiler,
+    }
 
 
 def _built(target: Target, product: cross_build.Product) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -77,6 +78,12 @@ def device_bench_path() -> Path:
     if not path.is_file():
         raise TargetError(f"{DEVICE_BENCH_NAME} is not part of this installation; install the package again")
     return path
+
+
+def needed_glibc(file: Path) -> str:
+    """The newest version of the GNU C library that a program or library asks for, such as "2.34"; empty when none."""
+    asked = re.findall(rb"GLIBC_([0-9]+)\.([0-9]+)", file.read_bytes())
+    return ".".join(map(str, max((int(major), int(minor)) for major, minor in asked))) if asked else ""
 
 
 def open_library(path: Path | str | None = None) -> Library:
