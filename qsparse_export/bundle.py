@@ -70,7 +70,9 @@ class Bundle:
             lacks = sorted(set(target["features"]) - here.features)
             machine = (target["arch"], target["system"])
         except (KeyError, TypeError) as error:
-            raise BundleError(f"{self.path / MANIFEST} does not describe a target ({error}); export it again") from error
+            raise BundleError(
+                f"{self.path / MANIFEST} does not describe a target ({error}); export it again"
+            ) from error
         if machine == (here.arch, here.system) and not lacks:
             return
         wants = f"{machine[0]} {machine[1]}" + (f" with {', '.join(lacks)}" if lacks else "")

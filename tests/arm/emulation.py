@@ -36,6 +36,7 @@ CPU revision\t: 1
 _ARMV8_0 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"
 PROCESSORS = {
     "cortex-a53": (_ARMV8_0, "0xd03"),
+    "cortex-a72": (_ARMV8_0, "0xd08"),  # of the Raspberry Pi 4
     "cortex-a76": (f"{_ARMV8_0} atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp", "0xd0b"),
 }
 

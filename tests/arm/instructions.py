@@ -49,7 +49,10 @@ def main(bundles: list[str]) -> None:
         for bundle in map(Path, bundles):
             for mode in ("native", "bodies"):
                 counts = [per_token(emulator, bundle, onnxruntime, mode) / 1e6 for emulator in emulators]
-                print(f"| {bundle.name} | {mode} | " + " | ".join(f"{count:,.2f} M" for count in counts) + " |", flush=True)
+                print(
+                    f"| {bundle.name} | {mode} | " + " | ".join(f"{count:,.2f} M" for count in counts) + " |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def test_missing_tools_are_named_by_package(monkeypatch, hidden, packages):
 def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(TargetError, match="cannot keep the library for aarch64.*set XDG_CACHE_HOME"):
+    with pytest.raises(TargetError, match=r"cannot keep the library for aarch64.*set XDG_CACHE_HOME"):
         cross_build.build(*ARM, "library")
 
 

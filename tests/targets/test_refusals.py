@@ -69,7 +69,9 @@ def test_where_no_library_can_be_loaded_the_bodies_are_the_bundle(export, name):
 
 def test_a_number_format_that_is_missing(export, board, tmp_path):
     target = board(triple=f'"{host().triple}"', features="[]", dtypes='["float32"]')
-    refused(export, tmp_path, "target board computes in float32, not in float16: --weights keep", target, weights="fp16")
+    refused(
+        export, tmp_path, "target board computes in float32, not in float16: --weights keep", target, weights="fp16"
+    )
     assert export(target).manifest["dtype"] == "float32"
 
 
@@ -88,7 +90,9 @@ def test_memory_holds_the_library_too(export, board, tmp_path):
 
 def test_a_file_larger_than_the_target_loads(export, board, tmp_path):
     target = board(triple='"any"', features="[]", native_ops="[]", library='"impossible"', largest_file_bytes="10_000")
-    refused(export, tmp_path, "the weights' file has [0-9,]+ bytes, and target board loads files of at most 10,000", target)
+    refused(
+        export, tmp_path, "the weights' file has [0-9,]+ bytes, and target board loads files of at most 10,000", target
+    )
 
 
 def test_the_browsers_limit_is_chromes_largest_array():
@@ -107,7 +111,9 @@ def test_native_ops_that_the_library_lacks(export, board, tmp_path):
 
 def test_the_bench_program_is_native(export, tmp_path):
     refused(export, tmp_path, "there is none for target web with ort", "web", with_bench=True)
-    refused(export, tmp_path, "there is none for target cpu with reference", "cpu", runtime="reference", with_bench=True)
+    refused(
+        export, tmp_path, "there is none for target cpu with reference", "cpu", runtime="reference", with_bench=True
+    )
 
 
 def test_the_bench_program_needs_a_decoder(tmp_path):
@@ -118,7 +124,9 @@ def test_the_bench_program_needs_a_decoder(tmp_path):
 def test_a_bundle_for_another_machine_is_not_opened_but_for_its_bodies(export):
     bundle = export("arm64" if host().arch == "x86_64" else "x86-64-v3", portable=True)
     bundle.manifest["native"] = True  # as a bundle with a library says
-    with pytest.raises(TargetError, match=r"was made for (arm64 \(aarch64|x86-64-v3 \(x86_64) linux with .*this machine is"):
+    with pytest.raises(
+        TargetError, match=r"was made for (arm64 \(aarch64|x86-64-v3 \(x86_64) linux with .*this machine is"
+    ):
         bundle.open()
     assert bundle.open(native=False).generate([1, 2], 3, stop_at_eos=False).tokens
 

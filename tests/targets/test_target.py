@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -58,8 +59,8 @@ def test_cpu_is_this_machine():
     assert target.system == platform.system().lower()
     assert target.features  # every CPU that runs PyTorch has SSE4.2 or ASIMD
     assert target.cores == os.cpu_count()
-    lines = open("/proc/meminfo").read().splitlines()
-    assert target.memory_bytes == int(re.search(r"\d+", lines[0])[0]) * 1024
+    total = re.search(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())
+    assert target.memory_bytes == int(total[1]) * 1024
 
 
 def test_detected_caches_are_what_getconf_says():
