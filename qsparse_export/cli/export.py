@@ -80,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--portable", action="store_true", help="leave the kernel library out: any ONNX Runtime runs it")
     made.add_argument(
+        "--with-bench", action="store_true", help="add qsparse-device-bench, which checks and times the bundle there"
+    )
+    made.add_argument(
         "--verify",
         default="full",
         choices=["full", "quick", "none"],
@@ -150,6 +153,7 @@ def _command(argv: Sequence[str]) -> None:
         pipeline=arguments.passes,
         force=arguments.force,
         example_inputs=read_inputs(arguments.inputs) if arguments.inputs else None,
+        with_bench=arguments.with_bench,
         on_stage=stages,
         on_pass=watch.on_pass(),
     )
@@ -175,6 +179,10 @@ def _report(bundle: Bundle) -> None:
     else:
         for path in parity["paths"]:
             say("  " + _parity_line(path, parity["limit"]))
+        if "note" in parity["ran_on"]:
+            say("  note: " + parity["ran_on"]["note"])
+    if not manifest["native"]:
+        say("  no kernel library inside: the function bodies run, slower")
     say(f"\nrun it:  qsparse-run {bundle.path} --prompt 'Once upon a time'" if manifest["kind"] == "decoder" else "")
 
 
