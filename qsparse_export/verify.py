@@ -8,6 +8,7 @@ itself. See docs/adr/parity-follows-the-choices.md.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -249,13 +250,17 @@ def _limit(noise: float, dtype: str) -> float:
 
 
 def _noise(case: Case, traced: _Trace) -> float:
-    """How far PyTorch's logits move, choices held, when each layer's input moves by what its sums may round."""
+    """How far PyTorch's logits move, choices held, when each layer's input moves by what its sums may round, and that of
+    each n-bit product by what native kernels may round it."""
     import torch
 
     from qsparse_export.guided import Guide
+    from qsparse_export.rounding_noise import ActivationNoise
 
-    def guided_logits() -> np.ndarray:
-        with Guide(traced.choices, CEILING):
+    def guided_logits(*noise: ActivationNoise) -> np.ndarray:
+        with contextlib.ExitStack() as modes:
+            for mode in (*noise, Guide(traced.choices, CEILING)):
+                modes.enter_context(mode)
             return case.judge().logits(traced.ids)
 
     ulps = case.config.hidden_size**0.5  # a sum of K terms in random order rounds by about sqrt(K) units
@@ -271,7 +276,7 @@ def _noise(case: Case, traced: _Trace) -> float:
 
         hooks = [layer.register_forward_pre_hook(nudge) for layer in _layers(case.module)]
         try:
-            worst = max(worst, relative_error(guided_logits(), still))
+            worst = max(worst, relative_error(guided_logits(ActivationNoise(random)), still))
         finally:
             for hook in hooks:
                 hook.remove()
