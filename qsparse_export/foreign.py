@@ -48,7 +48,7 @@ def export_onnx(
     pipeline = lower(graph, options.pipeline, FOREIGN, options.on_pass)
     tell("compile")
     compile_graph(graph, target, runtime, folder, native=not options.portable)
-    manifest = manifest_of("module", model, target, options, pipeline) | {"unfused": unfused(graph)}
+    manifest = manifest_of("module", model, target, runtime, options, pipeline) | {"unfused": unfused(graph)}
     if options.verify != "none":
         tell("verify")
         manifest["parity"] = verify_onnx(
