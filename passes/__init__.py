@@ -10,6 +10,8 @@ PASSES: dict[str, str] = {
     "eliminate-dead": "clean_eliminate:EliminateDead",
     "eliminate-identity": "clean_eliminate:EliminateIdentity",
     "fold-constants": "clean_fold_constants:FoldConstants",
+    "fuse-sparse-matmul": "fuse_sparse_matmul:FuseSparseMatMul",
+    "fuse-sparse-nbits": "fuse_sparse_nbits:FuseSparseNBits",
     "fuse-sparse-ternary": "fuse_sparse_ternary:FuseSparseTernary",
     "infer-shapes": "clean_infer_shapes:InferShapes",
     "sort-nodes": "clean_sort_nodes:SortNodes",

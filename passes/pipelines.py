@@ -12,6 +12,8 @@ CLEAN = (
 
 FUSE = (
     "fuse-sparse-ternary",  # after duplicates are gone: matrices share a mask only when it is one node
+    "fuse-sparse-nbits",
+    "fuse-sparse-matmul",
 )
 
 LOWER = (
