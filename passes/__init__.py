@@ -6,6 +6,7 @@ PASSES: dict[str, str] = {
     "annotate-scope": "annotate_scope:AnnotateScope",
     "attach-bodies": "lower_attach_bodies:AttachBodies",
     "check": "clean_check:Check",
+    "convert-opset": "clean_convert_opset:ConvertOpset",
     "eliminate-common": "clean_eliminate:EliminateCommon",
     "eliminate-dead": "clean_eliminate:EliminateDead",
     "eliminate-identity": "clean_eliminate:EliminateIdentity",
@@ -13,6 +14,9 @@ PASSES: dict[str, str] = {
     "fuse-sparse-matmul": "fuse_sparse_matmul:FuseSparseMatMul",
     "fuse-sparse-nbits": "fuse_sparse_nbits:FuseSparseNBits",
     "fuse-sparse-ternary": "fuse_sparse_ternary:FuseSparseTernary",
+    "fuse-ternary": "fuse_ternary:FuseTernary",
+    "fuse-topk": "fuse_topk:FuseTopK",
     "infer-shapes": "clean_infer_shapes:InferShapes",
+    "inline-functions": "clean_inline_functions:InlineFunctions",
     "sort-nodes": "clean_sort_nodes:SortNodes",
 }

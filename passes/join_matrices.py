@@ -23,6 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qsparse_export.passes.annotate_scope import SCOPE
+from qsparse_export.passes.original_choices import choices_of, join_choices
 
 DOMAIN = "ai.qsparse"
 MOST_MATRICES = 64  # QSK_MOST_MATRICES of the kernel library
@@ -153,6 +154,8 @@ def _rewrite(graph: ir.Graph, match: Match, family: Family) -> None:
         domain=DOMAIN,
         metadata_props={SCOPE: scope[SCOPE]} if SCOPE in scope else None,
     )
+    members = (*([match.mask] if match.mask is not None else []), *match.products)
+    join_choices(fused, [choice for member in members for choice in choices_of(member)])
     nodes, outputs = [fused], list(fused.outputs)
     if len(results) > 1:
         y = fused.outputs[0]
@@ -166,7 +169,7 @@ def _rewrite(graph: ir.Graph, match: Match, family: Family) -> None:
             [y, split_sizes],
             attributes={"axis": -1},
             num_outputs=len(results),
-            metadata_props=dict(fused.metadata_props),
+            metadata_props={SCOPE: scope[SCOPE]} if SCOPE in scope else None,
         )
         nodes, outputs = [fused, split], list(split.outputs)
     graph.insert_before(match.mask or first, nodes)  # where PyTorch masks: the order of the masks stays

@@ -66,13 +66,19 @@ class Bundle:
         from qsparse_export.targets.detect import host
 
         target, here = self.manifest["target"], host()
-        lacks = sorted(set(target["features"]) - here.features)
-        if (target["arch"], target["system"]) == (here.arch, here.system) and not lacks:
+        try:
+            lacks = sorted(set(target["features"]) - here.features)
+            machine = (target["arch"], target["system"])
+        except (KeyError, TypeError) as error:
+            raise BundleError(
+                f"{self.path / MANIFEST} does not describe a target ({error}); export it again"
+            ) from error
+        if machine == (here.arch, here.system) and not lacks:
             return
-        wants = f"{target['arch']} {target['system']}" + (f" with {', '.join(lacks)}" if lacks else "")
+        wants = f"{machine[0]} {machine[1]}" + (f" with {', '.join(lacks)}" if lacks else "")
         raise TargetError(
-            f"{self.path} was made for {target['name']} ({wants}), and this machine is {here.arch} {here.system}"
-            + (" without that" if lacks else "")
+            f"{self.path} was made for {target.get('name')} ({wants}), and this machine is {here.arch} {here.system}"
+            + (f" without that: it has {', '.join(sorted(here.features)) or 'no feature known here'}" if lacks else "")
             + "; export it with --target cpu on this machine, or run it with --no-native (function bodies, slower)"
         )
 

@@ -50,6 +50,10 @@ class Runtime(Protocol):
 
     name: str
 
+    def require_target(self, target: Target) -> None:
+        """Raises TargetError when :meth:`compile` could not make native kernels for ``target`` on this machine."""
+        ...
+
     def compile(self, model: ir.Model, target: Target, folder: Path, *, native: bool) -> tuple[str, ...]:
         """Writes what this runtime needs into ``folder``; returns the names of the files written."""
         ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qsparse_export.errors import BundleError, TargetError
+from qsparse_export.errors import BundleError
 from qsparse_export.runtimes.base import NativeCalls, subtract_calls
-from qsparse_export.runtimes.ort import library
+from qsparse_export.runtimes.ort import bundled, library
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -30,6 +29,10 @@ class OrtRuntime:
 
     name: str = "ort"
 
+    def require_target(self, target: Target) -> None:
+        """See :class:`qsparse_export.runtimes.base.Runtime`: the installed library serves, or a cross compiler makes one."""
+        bundled.require_target(target)
+
     def compile(self, model: ir.Model, target: Target, folder: Path, *, native: bool) -> tuple[str, ...]:
         """Writes the graph, its weights as one external file, and the kernel library when ``native``.
 
@@ -39,7 +42,7 @@ class OrtRuntime:
 
         files = [*write_graph(model, folder, GRAPH, WEIGHTS)]
         if native:
-            files.append(_copy_library(target, folder))
+            files.append(bundled.add_library(target, folder))
         return tuple(files)
 
     def open(
@@ -64,20 +67,6 @@ def _with_outputs(graph: Path, values: Sequence[str]) -> bytes:
     known = {value.name: value for value in model.graph.value_info}
     model.graph.output.extend(known[name] for name in values)
     return model.SerializeToString()
-
-
-def _copy_library(target: Target, folder: Path) -> str:
-    from qsparse_export.targets.detect import host
-
-    here = host()
-    if (target.arch, target.system) != (here.arch, here.system):
-        raise TargetError(
-            f"target {target.name} is {target.arch} {target.system}, and this installation holds kernels for "
-            f"{here.arch} {here.system} only; export on such a machine, or with --portable to run the function bodies"
-        )
-    path = library.library_path()
-    shutil.copyfile(path, folder / path.name)
-    return path.name
 
 
 class OrtSession:

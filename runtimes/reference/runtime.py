@@ -28,6 +28,9 @@ class ReferenceRuntime:
 
     name: str = "reference"
 
+    def require_target(self, target: Target) -> None:
+        """See :class:`qsparse_export.runtimes.base.Runtime`; NumPy runs wherever Python does."""
+
     def compile(self, model: ir.Model, target: Target, folder: Path, *, native: bool) -> tuple[str, ...]:
         """See :class:`qsparse_export.runtimes.base.Runtime`; runs on every target that has Python."""
         from qsparse_export.runtimes.graph_file import write_graph
