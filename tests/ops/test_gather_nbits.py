@@ -77,7 +77,9 @@ def test_body_is_the_reference(bits, level, dtype, shape, k, group):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 80), st.sampled_from([4, 8]), st.sampled_from([8, 24, 90]), st.integers(0, 99))
+@given(
+    st.integers(1, 40), st.integers(1, 80), st.sampled_from([4, 8]), st.sampled_from([8, 24, 90]), st.integers(0, 99)
+)
 def test_property_body_and_torch_op_are_the_reference(n, k, bits, group, seed):
     w, scales, _ = matrix(n, k, bits, group, seed)
     ids = np.random.default_rng(seed).integers(0, n, (2, 3))
