@@ -109,7 +109,7 @@ void add_pass(const CodeRows& codes, int64_t begin, float* sums) {
 
   for (int64_t first = 0, byte = 0; first < rows.outputs; first += kOutputs, byte += 32) {
     if (byte % kLineBytes == 0) {
-      for (int64_t i = 0; i < ahead_count; ++i) __builtin_prefetch(ahead[i] + byte);
+      for (int64_t i = 0; i < ahead_count; ++i) __builtin_prefetch(ahead[i] + byte, 0, 2);
     }
     I8 part[2 * kHalf];
     QSK_UNROLL
