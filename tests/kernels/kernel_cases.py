@@ -9,8 +9,11 @@ references are written for speed; tests/runtimes/ort compares the same library w
 
 from __future__ import annotations
 
+import dense_matmul_cases
+import gather_cases
 import numpy as np
 import quantize_cases
+import sparse_matmul_cases
 import sparse_ternary_cases
 import ternary_cases
 import topk_cases
@@ -21,6 +24,9 @@ OPS = {
     "quantize": quantize_cases,
     "ternary": ternary_cases,
     "sparse_ternary": sparse_ternary_cases,
+    "sparse_matmul": sparse_matmul_cases,
+    "dense_matmul": dense_matmul_cases,
+    "gather": gather_cases,
 }
 
 SMALL = 100_000

@@ -14,7 +14,9 @@
 #include <thread>
 #include <vector>
 
+#include "qsk/dense_matmul_nbits.h"
 #include "qsk/quantize_rows.h"
+#include "qsk/sparse_matmul.h"
 #include "qsk/sparse_ternary_matmul.h"
 #include "qsk/ternary_matmul.h"
 #include "qsk/topk_sparsify.h"
@@ -47,6 +49,9 @@ constexpr Op kOps[] = {
     OP(qsk_quantize_rows),
     OP(qsk_ternary_matmul),
     OP(qsk_sparse_ternary_matmul),
+    OP(qsk_sparse_matmul),
+    OP(qsk_dense_matmul_nbits),
+    OP(qsk_gather_nbits),
 };
 
 [[noreturn]] void fail(const std::string& message) {

@@ -7,6 +7,7 @@
 
 #include <stdint.h>
 
+#include "float_kernels.h"
 #include "qsk/variant.h"
 
 // Unrolls the loop that follows, so that its array of vectors becomes registers: left alone, GCC keeps sums of six rows
@@ -153,6 +154,7 @@ struct qsk_variant {
   const qsk::QuantizeKernels* quantize;
   const qsk::TopKKernels* topk;
   const qsk::TernaryKernels* ternary;
+  const qsk::FloatKernels* floats;
 };
 
 namespace qsk {
