@@ -29,6 +29,9 @@ OPS: dict[str, str] = {
     "TopKSparsify": "qsparse_export.ops.topk_sparsify",
     "TernaryMatMul": "qsparse_export.ops.ternary_matmul",
     "SparseTernaryMatMul": "qsparse_export.ops.sparse_ternary_matmul",
+    "CachedAttention": "qsparse_export.ops.cached_attention",
+    "GatedActivation": "qsparse_export.ops.gated_activation",
+    "AddRmsNorm": "qsparse_export.ops.add_rms_norm",
 }
 """ONNX name of each op -> the module that holds everything about it, in its constant ``OP``."""
 

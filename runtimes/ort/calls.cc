@@ -14,7 +14,8 @@ std::atomic<int64_t> calls[kOpCount][kMostVariants];
 }  // namespace
 
 const char* op_name(Op op) {
-  static const char* const names[kOpCount] = {"TopKSparsify", "TernaryMatMul", "SparseTernaryMatMul"};
+  static const char* const names[kOpCount] = {"TopKSparsify",    "TernaryMatMul",   "SparseTernaryMatMul",
+                                             "CachedAttention", "GatedActivation", "AddRmsNorm"};
   return names[op];
 }
 
@@ -50,4 +51,4 @@ void qsparse_ort_reset_calls() {
   }
 }
 
-const char* qsparse_ort_ops() { return "TopKSparsify TernaryMatMul SparseTernaryMatMul"; }
+const char* qsparse_ort_ops() { return "TopKSparsify TernaryMatMul SparseTernaryMatMul CachedAttention GatedActivation AddRmsNorm"; }

@@ -4,51 +4,14 @@
 #include <string>
 #include <vector>
 
-#define ORT_API_MANUAL_INIT
-#include "onnxruntime_cxx_api.h"
-#undef ORT_API_MANUAL_INIT
-
-#include "api.h"
-#include "calls.h"
+#include "decoder_ops.h"
+#include "kernel.h"
 #include "qsk/sparse_ternary_matmul.h"
 #include "qsk/ternary_matmul.h"
 #include "qsk/topk_sparsify.h"
 
 namespace qsparse_ort {
 namespace {
-
-constexpr char kDomain[] = "ai.qsparse";
-
-template <ONNXTensorElementDataType Type>
-constexpr int kKernelType = Type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? QSK_FLOAT16 : QSK_FLOAT32;
-
-std::string prefix(Op op) { return std::string(kDomain) + ":" + op_name(op) + ": "; }
-
-template <typename Data>
-OrtStatus* input_data(const OrtApi& api, const OrtKernelContext* context, size_t position, const Data** data,
-                      Shape* shape) {
-  const OrtValue* value = nullptr;
-  QSPARSE_RETURN_IF_ERROR(api.KernelContext_GetInput(context, position, &value));
-  void* raw = nullptr;  // the API has no read-only access
-  QSPARSE_RETURN_IF_ERROR(api.GetTensorMutableData(const_cast<OrtValue*>(value), &raw));
-  *data = static_cast<const Data*>(raw);
-  return shape == nullptr ? nullptr : shape_of(api, value, shape);
-}
-
-OrtStatus* output_data(const OrtApi& api, OrtKernelContext* context, const Shape& shape, void** data) {
-  OrtValue* value = nullptr;
-  QSPARSE_RETURN_IF_ERROR(api.KernelContext_GetOutput(context, 0, shape.dims, shape.rank, &value));
-  return api.GetTensorMutableData(value, data);
-}
-
-// What every kernel here has.
-struct Kernel {
-  Kernel(const OrtApi& ort_api, Op kernel_op) : api(ort_api), op(kernel_op) {}
-  OrtStatus* choose_variant() { return kernel_error(api, op_name(op), qsk_variant_choose(&variant)); }
-  const OrtApi& api;
-  const Op op;
-  const qsk_variant* variant = nullptr;
-};
 
 // The attributes of a selection, as TopKSparsify has them.
 struct Selection {
@@ -246,46 +209,6 @@ struct SparseTernaryMatMulKernel : Kernel {
   int64_t row_bytes = 0;
 };
 
-template <typename KernelType>
-OrtStatusPtr create(const OrtApi& api, const OrtKernelInfo* info, void** kernel) {
-  auto* created = new (std::nothrow) KernelType(api);
-  if (created == nullptr) return api.CreateStatus(ORT_FAIL, "ai.qsparse: out of memory");
-  OrtStatus* status = created->init(info);
-  if (status != nullptr) {
-    delete created;
-    return status;
-  }
-  *kernel = created;
-  return nullptr;
-}
-
-// The output is x with its last dimension replaced by `last` unless that is negative. In C calls: the C++ wrapper of
-// API 21 to 23 throws on a symbolic dimension.
-OrtStatus* infer_like_x(const OrtApi& api, OrtShapeInferContext* context, int64_t last) {
-  OrtTensorTypeAndShapeInfo* x = nullptr;
-  QSPARSE_RETURN_IF_ERROR(api.ShapeInferContext_GetInputTypeShape(context, 0, &x));
-  size_t rank = 0;
-  QSPARSE_RETURN_IF_ERROR(api.GetDimensionsCount(x, &rank));
-  std::vector<int64_t> dims(rank);
-  std::vector<const char*> names(rank, "");
-  QSPARSE_RETURN_IF_ERROR(api.GetDimensions(x, dims.data(), rank));
-  QSPARSE_RETURN_IF_ERROR(api.GetSymbolicDimensions(x, names.data(), rank));
-  if (rank > 0 && last >= 0) {
-    dims[rank - 1] = last;
-    names[rank - 1] = "";
-  }
-  ONNXTensorElementDataType type;
-  QSPARSE_RETURN_IF_ERROR(api.GetTensorElementType(x, &type));
-  OrtTensorTypeAndShapeInfo* y = nullptr;
-  QSPARSE_RETURN_IF_ERROR(api.CreateTensorTypeAndShapeInfo(&y));
-  OrtStatus* status = api.SetTensorElementType(y, type);
-  if (status == nullptr) status = api.SetDimensions(y, dims.data(), rank);
-  if (status == nullptr) status = api.SetSymbolicDimensions(y, names.data(), rank);
-  if (status == nullptr) status = api.ShapeInferContext_SetOutputTypeShape(context, 0, y);
-  api.ReleaseTensorTypeAndShapeInfo(y);
-  return status;
-}
-
 // The sum of the attribute `n`, an int or ints.
 OrtStatus* sum_of_outputs(const OrtApi& api, const OrtShapeInferContext* context, OrtOpAttrType type, int64_t* sum) {
   const OrtOpAttr* attribute = nullptr;
@@ -298,14 +221,12 @@ OrtStatus* sum_of_outputs(const OrtApi& api, const OrtShapeInferContext* context
   return nullptr;
 }
 
-const OrtApi* inference_api = nullptr;  // shape inference gets no api argument; set by RegisterCustomOps
-
 template <ONNXTensorElementDataType Type>
 struct TopKSparsify : Ort::CustomOpBase<TopKSparsify<Type>, TopKSparsifyKernel<Type>, true> {
   TopKSparsify() {
     this->version = kApiVersion;
     this->InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) -> OrtStatusPtr {
-      return infer_like_x(*inference_api, context, -1);
+      return infer_like(*inference_api, context, {0, 0, -1, Type});
     };
     this->GetMayInplace = [](int** inputs, int** outputs) -> size_t {
       *inputs = new int[1]{0};
@@ -335,7 +256,7 @@ struct TernaryOp : Ort::CustomOpBase<TernaryOp<kOp, kOutputs, KernelType, Type>,
     this->InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) -> OrtStatusPtr {
       int64_t n = 0;
       QSPARSE_RETURN_IF_ERROR(sum_of_outputs(*inference_api, context, kOutputs, &n));
-      return infer_like_x(*inference_api, context, n);
+      return infer_like(*inference_api, context, {0, 0, n, Type});
     };
   }
   OrtStatusPtr CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const {
@@ -392,5 +313,6 @@ extern "C" QSK_API OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* 
   QSPARSE_RETURN_IF_ERROR(api->CreateCustomOpDomain(kDomain, &domain));
   keep(domain);
   for (const OrtCustomOp* op : all_ops()) QSPARSE_RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, op));
+  for (const OrtCustomOp* op : decoder_ops()) QSPARSE_RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, op));
   return api->AddCustomOpDomain(options, domain);
 }

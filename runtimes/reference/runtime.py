@@ -100,7 +100,8 @@ def _reference_ops(calls: dict[str, int]) -> list[type[OpRun]]:
 
         def _run(self: OpRun, *inputs: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
             calls[name] = calls.get(name, 0) + 1
-            return (reference(*inputs, **attributes),)
+            outputs = reference(*inputs, **attributes)
+            return outputs if isinstance(outputs, tuple) else (outputs,)
 
         return type(name, (OpRun,), {"op_domain": ops.DOMAIN, "_run": _run})
 
