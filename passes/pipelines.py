@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 CLEAN = (
     "annotate-scope",  # first: later passes make nodes that do not know their PyTorch module
     "eliminate-identity",  # the exporter leaves aliases between custom ops
@@ -14,6 +16,13 @@ FUSE = (
     "fuse-sparse-ternary",  # after duplicates are gone: matrices share a mask only when it is one node
 )
 
+FUSE_NATIVE = {
+    "fuse-glu": "GatedActivation",  # after the products are one node: only then is there nothing to join
+    "fuse-norm": "AddRmsNorm",
+    "fuse-attention": "CachedAttention",
+}
+"""Passes whose op pays only where its kernel runs (the body takes longer than what it replaces), and that op."""
+
 LOWER = (
     "attach-bodies",  # the portable fallback and the specification of every custom op
     "infer-shapes",  # after the last rewrite, so that every value of the file carries its shape
@@ -21,4 +30,12 @@ LOWER = (
     "check",  # nothing invalid leaves the compiler
 )
 
-DEFAULT = ",".join(CLEAN + FUSE + LOWER)
+
+
+def pipeline_for(native_ops: Collection[str]) -> str:
+    """The spec string for a runtime that has kernels for ``native_ops``; none of them for a portable bundle."""
+    native = tuple(name for name, op in FUSE_NATIVE.items() if op in native_ops)
+    return ",".join(CLEAN + FUSE + native + LOWER)
+
+
+DEFAULT = pipeline_for(FUSE_NATIVE.values())

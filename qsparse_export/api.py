@@ -120,16 +120,19 @@ def _export_decoder(
 
     from qsparse_export.compile import add_decoder_files, compile_graph
     from qsparse_export.exporter import decoder_graph
+    from qsparse_export.ops.cached_attention import SHARED_CACHE
 
     config = _with_weights(config, options.weights)
     dtype = torch.float16 if options.weights == "fp16" else torch.float32
     tell("export")
     graph = decoder_graph(config, model.weights, dtype)
     tell("lower")
-    pipeline = _lower(graph, options)
+    pipeline = _lower(graph, target, options)
     tell("compile")
     files = compile_graph(graph, target, runtime, folder, native=not options.portable)
-    add_decoder_files(folder, files, config, model.tokenizer.read() if model.tokenizer else None)
+    shares_cache = graph.metadata_props.get(SHARED_CACHE) == "true"
+    tokenizer = model.tokenizer.read() if model.tokenizer else None
+    add_decoder_files(folder, files, config, tokenizer, shares_cache=shares_cache)
     manifest = _manifest("decoder", model, target, options, pipeline)
     manifest |= {
         "dtype": str(dtype).removeprefix("torch."),
@@ -178,7 +181,7 @@ def _export_module(
     tell("export")
     graph = module_graph(model.program)
     tell("lower")
-    pipeline = _lower(graph, options)
+    pipeline = _lower(graph, target, options)
     tell("compile")
     compile_graph(graph, target, runtime, folder, native=not options.portable)
     manifest = _manifest("module", model, target, options, pipeline)
@@ -190,11 +193,12 @@ def _export_module(
     return manifest
 
 
-def _lower(graph: ir.Model, options: Options) -> str:
+def _lower(graph: ir.Model, target: Target, options: Options) -> str:
     from qsparse_export.lower import lower
-    from qsparse_export.passes.pipelines import DEFAULT
+    from qsparse_export.passes.pipelines import pipeline_for
 
-    return lower(graph, DEFAULT if options.pipeline is None else options.pipeline)
+    native_ops = frozenset() if options.portable else target.native_ops
+    return lower(graph, pipeline_for(native_ops) if options.pipeline is None else options.pipeline)
 
 
 def _with_weights(config: ModelConfig, weights: Weights) -> ModelConfig:

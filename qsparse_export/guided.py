@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 DOMAIN = "ai.qsparse"
+CONTINUOUS = frozenset({"CachedAttention", "GatedActivation", "AddRmsNorm"})
+"""Ops of ours that choose nothing: a pass made them of standard ops, and they are compared like these."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class IllegitimateChoice:
 
 
 def choice_taps(graph: ir.Model) -> tuple[Tap, ...]:
-    """The taps of all ops of domain ``ai.qsparse``, in the order in which PyTorch calls them.
+    """The taps of all ops of domain ``ai.qsparse`` that choose, in the order in which PyTorch calls them.
 
     TopKSparsify shows its choice in its output (what is not zero was kept), TernaryMatMul in its input. A fused
     SparseTernaryMatMul stands for the calls that it was made of, and shows the choices of all of them in its input.
@@ -64,7 +66,7 @@ def choice_taps(graph: ir.Model) -> tuple[Tap, ...]:
 
     taps: list[Tap] = []
     for node in graph.graph:
-        if node.domain == DOMAIN:
+        if node.domain == DOMAIN and node.op_type not in CONTINUOUS:
             value = node.outputs[0] if node.op_type == "TopKSparsify" else node.inputs[0]
             assert value is not None and value.name is not None
             scope = node.metadata_props.get(SCOPE, node.name or "")

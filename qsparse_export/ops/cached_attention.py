@@ -26,6 +26,9 @@ from qsparse_export.ops.base import DOMAIN, VERSION, Op
 if TYPE_CHECKING:
     import onnx
 
+SHARED_CACHE = "ai.qsparse.shared_cache"
+"""Metadata key of a model, "true" when every cache goes through this op: past and present may be one buffer."""
+
 
 def reference(
     qkv: np.ndarray,

@@ -14,7 +14,10 @@ constexpr float kNothingVisible = -__builtin_inff();
 // scores[r * kAttendKeys + j] = q_r . key_j for kRows rows and kKeys keys.
 template <int kRows, int kKeys>
 QSK_INLINE void dot(const float* q, const float* key, int64_t width, float* scores) {
-  Lanes sums[kRows][kKeys] = {};
+  Lanes sums[kRows][kKeys];
+  QSK_UNROLL for (int r = 0; r < kRows; ++r) {
+    QSK_UNROLL for (int j = 0; j < kKeys; ++j) sums[r][j] = Lanes{};
+  }
   int64_t i = 0;
   for (; i + kLanes <= width; i += kLanes) {
     QSK_UNROLL for (int j = 0; j < kKeys; ++j) {
@@ -23,9 +26,9 @@ QSK_INLINE void dot(const float* q, const float* key, int64_t width, float* scor
     }
   }
   if (i < width) {
-    for (int j = 0; j < kKeys; ++j) {
+    QSK_UNROLL for (int j = 0; j < kKeys; ++j) {
       const Lanes k = load(key + j * width + i, width - i);
-      for (int r = 0; r < kRows; ++r) sums[r][j] += load(q + r * width + i, width - i) * k;
+      QSK_UNROLL for (int r = 0; r < kRows; ++r) sums[r][j] += load(q + r * width + i, width - i) * k;
     }
   }
   QSK_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -46,20 +49,28 @@ void score_rows(const AttendBlock& block, int64_t row) {
 void weigh(const AttendBlock& block, int64_t row) {
   float* scores = block.scores + row * kAttendKeys;
   const uint8_t* visible = block.visible[row];
+  const int64_t whole = block.keys / kLanes * kLanes, rest = block.keys - whole;
   Lanes best = all(kNothingVisible);
-  for (int64_t j = 0; j < block.keys; j += kLanes) {
-    const int64_t count = block.keys - j < kLanes ? block.keys - j : kLanes;
-    const Lanes seen = set_lanes(visible + j, count) ? load(scores + j, count) : all(kNothingVisible);
+  for (int64_t j = 0; j < whole; j += kLanes) {
+    const Lanes seen = set_lanes(visible + j) ? load(scores + j) : all(kNothingVisible);
+    best = seen > best ? seen : best;
+  }
+  if (rest > 0) {
+    const Lanes seen = set_lanes(visible + whole, rest) ? load(scores + whole, rest) : all(kNothingVisible);
     best = seen > best ? seen : best;
   }
   float largest = best[0];
   for (int lane = 1; lane < kLanes; ++lane) largest = best[lane] > largest ? best[lane] : largest;
   Lanes total = {};
-  for (int64_t j = 0; j < block.keys; j += kLanes) {
-    const int64_t count = block.keys - j < kLanes ? block.keys - j : kLanes;
-    const Lanes powers = exp_of_negative(load(scores + j, count) - largest);
-    const Lanes weights = set_lanes(visible + j, count) ? powers : Lanes{};
-    store(scores + j, weights, count);
+  for (int64_t j = 0; j < whole; j += kLanes) {
+    const Lanes weights = set_lanes(visible + j) ? exp_of_negative(load(scores + j) - largest) : Lanes{};
+    store(scores + j, weights);
+    total += weights;
+  }
+  if (rest > 0) {
+    const Lanes powers = exp_of_negative(load(scores + whole, rest) - largest);
+    const Lanes weights = set_lanes(visible + whole, rest) ? powers : Lanes{};
+    store(scores + whole, weights, rest);
     total += weights;
   }
   block.largest[row] = largest;
@@ -69,21 +80,23 @@ void weigh(const AttendBlock& block, int64_t row) {
 // sums += weight * value for kRows rows and kKeys keys, one key after the other.
 template <int kRows, int kKeys>
 QSK_INLINE void add_values(const float* weights, const float* value, int64_t width, float* sums) {
-  for (int64_t i = 0; i < width; i += kLanes) {
-    const int64_t count = width - i < kLanes ? width - i : kLanes;
-    Lanes values[kKeys];
+  Lanes factors[kRows][kKeys];  // few enough to stay in registers
+  QSK_UNROLL for (int r = 0; r < kRows; ++r) {
+    QSK_UNROLL for (int j = 0; j < kKeys; ++j) factors[r][j] = all(weights[r * kAttendKeys + j]);
+  }
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) {
+    Lanes y[kRows];
+    QSK_UNROLL for (int r = 0; r < kRows; ++r) y[r] = load(sums + r * width + i);
     QSK_UNROLL for (int j = 0; j < kKeys; ++j) {
-      values[j] = count == kLanes ? load(value + j * width + i) : load(value + j * width + i, count);
+      const Lanes values = load(value + j * width + i);
+      QSK_UNROLL for (int r = 0; r < kRows; ++r) y[r] += factors[r][j] * values;
     }
-    QSK_UNROLL for (int r = 0; r < kRows; ++r) {
-      float* place = sums + r * width + i;
-      Lanes y = count == kLanes ? load(place) : load(place, count);
-      QSK_UNROLL for (int j = 0; j < kKeys; ++j) y += weights[r * kAttendKeys + j] * values[j];
-      if (count == kLanes) {
-        store(place, y);
-      } else {
-        store(place, y, count);
-      }
+    QSK_UNROLL for (int r = 0; r < kRows; ++r) store(sums + r * width + i, y[r]);
+  }
+  for (; i < width; ++i) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int j = 0; j < kKeys; ++j) sums[r * width + i] += weights[r * kAttendKeys + j] * value[j * width + i];
     }
   }
 }
@@ -107,7 +120,7 @@ void attend(const AttendBlock& block) {
   for (; row < block.rows; ++row) score_rows<1>(block, row);
   for (row = 0; row < block.rows; ++row) weigh(block, row);
   memset(block.sums, 0, static_cast<size_t>(block.rows * block.width) * sizeof *block.sums);
-  for (row = 0; row + 4 <= block.rows; row += 4) value_rows<4>(block, row);
+  for (row = 0; row + 2 <= block.rows; row += 2) value_rows<2>(block, row);
   for (; row < block.rows; ++row) value_rows<1>(block, row);
 }
 

@@ -35,8 +35,8 @@ QSK_INLINE Lanes load(const float* x, int64_t count) {
 QSK_INLINE void store(float* y, Lanes x) { memcpy(y, &x, sizeof x); }
 QSK_INLINE void store(float* y, Lanes x, int64_t count) { memcpy(y, &x, static_cast<size_t>(count) * sizeof *y); }
 
-// All bits set in the lanes whose byte is not 0.
-QSK_INLINE LaneBits set_lanes(const uint8_t* bytes, int64_t count) {
+// All bits set in the lanes whose byte is not 0; lanes from `count` on are 0.
+QSK_INLINE LaneBits set_lanes(const uint8_t* bytes, int64_t count = kLanes) {
   typedef uint8_t Bytes __attribute__((vector_size(8)));
   Bytes eight = {};
   memcpy(&eight, bytes, static_cast<size_t>(count));
@@ -44,7 +44,11 @@ QSK_INLINE LaneBits set_lanes(const uint8_t* bytes, int64_t count) {
 }
 
 QSK_INLINE float sum(Lanes x) {
-  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+  typedef float Half __attribute__((vector_size(16)));
+  Half halves[2];
+  memcpy(halves, &x, sizeof x);
+  const Half y = halves[0] + halves[1];
+  return (y[0] + y[2]) + (y[1] + y[3]);
 }
 
 // e^x for x <= 0 within 2 units in the last place; 0 below -87, where float32 ends; NaN stays.
