@@ -40,7 +40,9 @@ class ReferenceRuntime:
 
 
 class ReferenceSession:
-    """A ``ReferenceEvaluator``; tensors are NumPy arrays."""
+    """A ``ReferenceEvaluator``; tensors are NumPy arrays, and a cache grows."""
+
+    shares_cache = False
 
     def __init__(self, graph: Path, *, native: bool, taps: Sequence[str]) -> None:
         import onnx
@@ -60,12 +62,17 @@ class ReferenceSession:
         self.input_names = tuple(value.name for value in model.graph.input)
         self.output_names = tuple(value.name for value in model.graph.output)
 
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, Any], results: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
         """See :class:`qsparse_export.runtimes.base.Session`."""
+        assert not results, "no cache is shared here"
         # BitNet's NaN rules and overflowing exponents are defined behaviour, not faults to warn of.
         with np.errstate(all="ignore"):
             outputs = self._evaluator.run(None, dict(feeds))
         return dict(zip(self.output_names, outputs, strict=True))
+
+    def to_tensor(self, array: np.ndarray) -> np.ndarray:
+        """See :class:`qsparse_export.runtimes.base.Session`."""
+        return array
 
     def to_numpy(self, tensor: np.ndarray) -> np.ndarray:
         """See :class:`qsparse_export.runtimes.base.Session`."""
