@@ -1,4 +1,4 @@
-"""Makes kernel_cases and kernel_runs importable from the tests of this folder, and loads the library once."""
+"""Makes the modules of this folder importable from the tests of this folder, and loads the library once."""
 
 import sys
 from pathlib import Path

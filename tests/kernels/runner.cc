@@ -1,26 +1,75 @@
-// Reads kernel cases from a file and writes their results to another; conftest.py is the other side.
+// Reads kernel calls from a file and writes their results to another; kernel_runs.py is the other side.
 //
-//   qsk_runner CASES RESULTS     runs all cases with the variant that QSPARSE_VARIANT or the machine chooses
+//   qsk_runner CALLS RESULTS     makes all calls with the variant that QSPARSE_VARIANT or the machine chooses
 //   qsk_runner --variants        prints "chosen <name>" and "supported <name>..." or an error
 //
-// A case is an int64 op, its int64 parameters and its arrays; a result is the int64 status, then the output arrays.
+// Every op has the same form, so a call is: the op's name, the bytes of its argument struct, the workers, the arrays
+// that the struct's pointers point to (offset in the struct, content) and those that it writes to (offset, size). A
+// result is the status, the threads used, and the written arrays. A new op is one line in kOps.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include <string>
 #include <thread>
 #include <vector>
 
+#include "qsk/dense_matmul_nbits.h"
 #include "qsk/quantize_rows.h"
+#include "qsk/sparse_matmul.h"
 #include "qsk/sparse_ternary_matmul.h"
 #include "qsk/ternary_matmul.h"
 #include "qsk/topk_sparsify.h"
 
 namespace {
 
-enum { kTopK = 0, kQuantize = 1, kTernary = 2, kSparse = 3 };
+struct Op {
+  const char* name;
+  size_t args_bytes;
+  int64_t (*scratch_bytes)(const void* args, const qsk_parallel* parallel);
+  int (*run)(const void* args, const qsk_parallel* parallel, void* scratch, int64_t scratch_bytes);
+};
 
-void run_threads(void*, void (*task)(void*, int64_t), void* argument, int64_t count) {
+template <typename Args, int64_t (*kScratchBytes)(const Args*, const qsk_parallel*),
+          int (*kRun)(const qsk_variant*, const Args*, const qsk_parallel*, void*, int64_t)>
+constexpr Op op(const char* name) {
+  return {name, sizeof(Args),
+          [](const void* args, const qsk_parallel* parallel) {
+            return kScratchBytes(static_cast<const Args*>(args), parallel);
+          },
+          [](const void* args, const qsk_parallel* parallel, void* scratch, int64_t scratch_bytes) {
+            return kRun(nullptr, static_cast<const Args*>(args), parallel, scratch, scratch_bytes);
+          }};
+}
+
+#define OP(name) op<name##_args, name##_scratch_bytes, name>(#name)
+
+constexpr Op kOps[] = {
+    OP(qsk_topk_sparsify),
+    OP(qsk_quantize_rows),
+    OP(qsk_ternary_matmul),
+    OP(qsk_sparse_ternary_matmul),
+    OP(qsk_sparse_matmul),
+    OP(qsk_dense_matmul_nbits),
+    OP(qsk_gather_nbits),
+};
+
+[[noreturn]] void fail(const std::string& message) {
+  fprintf(stderr, "qsk_runner: %s\n", message.c_str());
+  exit(2);
+}
+
+const Op& op_by_name(const std::string& name) {
+  for (const Op& op : kOps) {
+    if (name == op.name) return op;
+  }
+  fail("runner.cc has no line for the op " + name);
+}
+
+// `context` is an int64_t that gets the number of threads.
+void run_threads(void* context, void (*task)(void*, int64_t), void* argument, int64_t count) {
+  int64_t& most = *static_cast<int64_t*>(context);
+  if (count > most) most = count;
   std::vector<std::thread> threads;
   for (int64_t i = 0; i < count; ++i) threads.emplace_back(task, argument, i);
   for (std::thread& thread : threads) thread.join();
@@ -29,14 +78,20 @@ void run_threads(void*, void (*task)(void*, int64_t), void* argument, int64_t co
 // Exactly as large as asked for, so that a sanitizer sees every byte beyond.
 class Memory {
  public:
-  explicit Memory(int64_t bytes) : base_(bytes > 0 ? aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr) {}
-  ~Memory() { free(base_); }
+  explicit Memory(int64_t bytes) : bytes_(bytes) {
+    if (bytes > 0 && posix_memalign(&base_, 64, bytes) != 0) fail("out of memory");
+    if (bytes > 0) memset(base_, 0xa5, bytes);
+  }
+  Memory(Memory&& other) noexcept : base_(other.base_), bytes_(other.bytes_) { other.base_ = nullptr; }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
+  ~Memory() { free(base_); }
   void* get() const { return base_; }
+  int64_t bytes() const { return bytes_; }
 
  private:
-  void* base_;
+  void* base_ = nullptr;
+  int64_t bytes_;
 };
 
 class Stream {
@@ -51,118 +106,52 @@ class Stream {
   bool next(int64_t* value) { return fread(value, sizeof *value, 1, in_) == 1; }
   int64_t number() {
     int64_t value = 0;
-    if (!next(&value)) fail("a case is cut short");
+    if (!next(&value)) fail("a call is cut short");
     return value;
   }
-  std::vector<uint8_t> bytes(int64_t count) {
-    std::vector<uint8_t> data(count);
-    if (count > 0 && fread(data.data(), 1, count, in_) != static_cast<size_t>(count)) fail("a case is cut short");
-    return data;
+  Memory array() { return array(number()); }
+  Memory array(int64_t bytes) {
+    Memory memory(bytes);
+    if (memory.bytes() > 0 && fread(memory.get(), memory.bytes(), 1, in_) != 1) fail("a call is cut short");
+    return memory;
+  }
+  void write(const void* content, int64_t bytes) {
+    if (bytes > 0 && fwrite(content, bytes, 1, out_) != 1) fail("cannot write the results");
   }
   void write(int64_t value) { write(&value, sizeof value); }
-  void write(const void* data, int64_t count) {
-    if (count > 0 && fwrite(data, 1, count, out_) != static_cast<size_t>(count)) fail("cannot write the results");
-  }
 
  private:
-  [[noreturn]] static void fail(const char* message) {
-    fprintf(stderr, "qsk_runner: %s\n", message);
-    exit(2);
-  }
   FILE* in_;
   FILE* out_;
 };
 
-int64_t element_bytes(int64_t type) { return type == QSK_FLOAT16 ? 2 : 4; }
-
-void run_topk(Stream& stream) {
-  qsk_topk_sparsify_args args = {};
-  args.type = static_cast<int>(stream.number());
-  args.rows = stream.number();
-  args.width = stream.number();
-  args.k = stream.number();
-  args.block = stream.number();
-  args.rescale_l2 = static_cast<int>(stream.number());
-  const qsk_parallel parallel = {nullptr, run_threads, stream.number()};
-  const int64_t bytes = args.rows * args.width * element_bytes(args.type);
-  const std::vector<uint8_t> x = stream.bytes(bytes);
-  std::vector<uint8_t> y(bytes);
-  args.x = x.data();
-  args.y = y.data();
-  const int64_t scratch_bytes = qsk_topk_sparsify_scratch_bytes(&args, &parallel);
-  const Memory scratch(scratch_bytes);
-  const int status = qsk_topk_sparsify(nullptr, &args, &parallel, scratch.get(), scratch_bytes);
-  stream.write(status);
-  if (status == QSK_OK) stream.write(y.data(), bytes);
+void set_pointer(const Memory& args, int64_t offset, void* to) {
+  memcpy(static_cast<uint8_t*>(args.get()) + offset, &to, sizeof to);
 }
 
-void run_quantize(Stream& stream) {
-  const int64_t rows = stream.number(), width = stream.number();
-  const std::vector<uint8_t> x = stream.bytes(rows * width * 4);
-  std::vector<int8_t> q(rows * width);
-  std::vector<float> gamma(rows);
-  const int status =
-      qsk_quantize_rows(nullptr, reinterpret_cast<const float*>(x.data()), rows, width, q.data(), gamma.data());
-  stream.write(status);
-  if (status != QSK_OK) return;
-  stream.write(q.data(), rows * width);
-  stream.write(gamma.data(), rows * 4);
-}
-
-void run_ternary(Stream& stream) {
-  qsk_ternary_matmul_args args = {};
-  args.type = static_cast<int>(stream.number());
-  args.m = stream.number();
-  args.k = stream.number();
-  args.n = stream.number();
-  const qsk_parallel parallel = {nullptr, run_threads, stream.number()};
-  const std::vector<uint8_t> scale = stream.bytes(4);
-  memcpy(&args.scale, scale.data(), sizeof args.scale);
-  const std::vector<uint8_t> x = stream.bytes(args.m * args.k * element_bytes(args.type));
-  const std::vector<uint8_t> w = stream.bytes(args.k * qsk_ternary_row_bytes(args.n));
-  std::vector<uint8_t> y(args.m * args.n * element_bytes(args.type));
-  args.x = x.data();
-  args.w = w.data();
-  args.y = y.data();
-  const int64_t scratch_bytes = qsk_ternary_matmul_scratch_bytes(&args, &parallel);
-  const Memory scratch(scratch_bytes);
-  const int status = qsk_ternary_matmul(nullptr, &args, &parallel, scratch.get(), scratch_bytes);
-  stream.write(status);
-  if (status == QSK_OK) stream.write(y.data(), static_cast<int64_t>(y.size()));
-}
-
-void run_sparse(Stream& stream) {
-  qsk_sparse_ternary_matmul_args args = {};
-  args.type = static_cast<int>(stream.number());
-  args.m = stream.number();
-  args.k = stream.number();
-  args.top_k = stream.number();
-  args.block = stream.number();
-  const qsk_parallel parallel = {nullptr, run_threads, stream.number()};
-  args.matrices = stream.number();
-  std::vector<int64_t> n(args.matrices);
-  int64_t outputs = 0, row_bytes = 0;
-  for (int64_t& one : n) {
-    one = stream.number();
-    outputs += one;
-    row_bytes += qsk_ternary_row_bytes(one);
+void run_call(const std::string& name, Stream& stream) {
+  const Op& op = op_by_name(name);
+  const Memory args = stream.array();
+  if (args.bytes() != static_cast<int64_t>(op.args_bytes)) {
+    fail(name + "_args has " + std::to_string(op.args_bytes) + " bytes, not " + std::to_string(args.bytes()));
   }
-  std::vector<float> scales(args.matrices);
-  const std::vector<uint8_t> raw_scales = stream.bytes(args.matrices * 4);
-  if (!raw_scales.empty()) memcpy(scales.data(), raw_scales.data(), raw_scales.size());
-  const std::vector<uint8_t> x = stream.bytes(args.m * args.k * element_bytes(args.type));
-  const std::vector<uint8_t> w = stream.bytes(args.k * row_bytes);
-  std::vector<uint8_t> y(args.m * outputs * element_bytes(args.type));
-  args.n = n.data();
-  args.scales = scales.data();
-  args.x = x.data();
-  args.w = w.data();
-  args.y = y.data();
-  const int64_t scratch_bytes = qsk_sparse_ternary_matmul_scratch_bytes(&args, &parallel);
-  const Memory scratch(scratch_bytes);
-  const int status = qsk_sparse_ternary_matmul(nullptr, &args, &parallel, scratch.get(), scratch_bytes);
-  stream.write(status);
-  if (status == QSK_OK) stream.write(y.data(), static_cast<int64_t>(y.size()));
+  int64_t threads = 1;
+  const qsk_parallel parallel = {&threads, run_threads, stream.number()};
+  std::vector<Memory> inputs, outputs;
+  for (int64_t left = stream.number(); left > 0; --left) {
+    const int64_t offset = stream.number();
+    inputs.push_back(stream.array());
+    set_pointer(args, offset, inputs.back().get());
+  }
+  for (int64_t left = stream.number(); left > 0; --left) {
+    const int64_t offset = stream.number();
+    outputs.emplace_back(stream.number());
+    set_pointer(args, offset, outputs.back().get());
+  }
+  const Memory scratch(op.scratch_bytes(args.get(), &parallel));
+  stream.write(op.run(args.get(), &parallel, scratch.get(), scratch.bytes()));
+  stream.write(threads);
+  for (const Memory& output : outputs) stream.write(output.get(), output.bytes());
 }
 
 int print_variants() {
@@ -188,21 +177,14 @@ int print_variants() {
 int main(int argc, char** argv) {
   if (argc == 2 && strcmp(argv[1], "--variants") == 0) return print_variants();
   if (argc != 3) {
-    fprintf(stderr, "usage: qsk_runner CASES RESULTS | --variants\n");
+    fprintf(stderr, "usage: qsk_runner CALLS RESULTS | --variants\n");
     return 2;
   }
   Stream stream(argv[1], argv[2]);
-  int64_t op;
-  while (stream.next(&op)) {
-    if (op == kTopK) {
-      run_topk(stream);
-    } else if (op == kQuantize) {
-      run_quantize(stream);
-    } else if (op == kSparse) {
-      run_sparse(stream);
-    } else {
-      run_ternary(stream);
-    }
+  int64_t length;
+  while (stream.next(&length)) {
+    const Memory name = stream.array(length);
+    run_call(std::string(static_cast<const char*>(name.get()), name.bytes()), stream);
   }
   return 0;
 }

@@ -1,8 +1,8 @@
-"""The kernels under sanitizers, in builds that a process of Python cannot load."""
+"""The kernels under sanitizers, in builds that a process of Python cannot load: every op, every variant, several threads."""
 
 from pathlib import Path
 
-from kernel_cases import Ternary, some_cases
+from kernel_cases import OPS, some_cases, threaded_cases_of
 from kernel_runs import Runner, build_runner
 
 
@@ -14,5 +14,7 @@ def test_address_and_undefined_behaviour(tmp_path: Path) -> None:
 
 def test_data_races(tmp_path: Path) -> None:
     runner = Runner(build_runner("tsan", "-DQSK_SANITIZE=thread", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"))
-    threaded = [case for case in some_cases() if not isinstance(case, Ternary) or case.workers > 1]
-    runner.check(runner.variants()[0], threaded, tmp_path)
+    for variant in runner.variants()[1]:
+        for op in OPS:
+            threaded = runner.check(variant, threaded_cases_of(op), tmp_path)
+            assert threaded >= 3, f"{op}: {threaded} cases took more than one thread"

@@ -65,6 +65,7 @@ def run_body() -> Callable[..., np.ndarray]:
         options.graph_optimization_level = LEVELS[level]
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32 activations
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         return session.run(None, {"x": x})[0]
 

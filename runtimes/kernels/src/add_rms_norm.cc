@@ -40,7 +40,7 @@ int64_t worker_bytes(const qsk_add_rms_norm_args& args) {
   return count.used();
 }
 
-float factor_of(const FloatKernels& kernels, const qsk_add_rms_norm_args& args, const float* sum) {
+float factor_of(const LayerKernels& kernels, const qsk_add_rms_norm_args& args, const float* sum) {
   const float mean = kernels.square_sum(sum, args.n) / static_cast<float>(args.n);
   return 1.0f / sqrtf(mean + args.epsilon);
 }
@@ -51,8 +51,8 @@ void normalise(const qsk_variant& variant, const qsk_add_rms_norm_args& args, in
   const float* residual = static_cast<const float*>(args.residual) + offset;
   float* sum = static_cast<float*>(args.sum) + offset;
   float* y = static_cast<float*>(args.y) + offset;
-  variant.floats->add(x, residual, args.n, sum);
-  variant.floats->scale(sum, static_cast<const float*>(args.weight), args.n, factor_of(*variant.floats, args, sum), y);
+  variant.layer->add(x, residual, args.n, sum);
+  variant.layer->scale(sum, static_cast<const float*>(args.weight), args.n, factor_of(*variant.layer, args, sum), y);
 }
 
 void normalise_half(const qsk_variant& variant, const qsk_add_rms_norm_args& args, int64_t row, const Rows& own) {
@@ -60,11 +60,11 @@ void normalise_half(const qsk_variant& variant, const qsk_add_rms_norm_args& arg
   uint16_t* sum = static_cast<uint16_t*>(args.sum) + offset;
   variant.half->to_float(static_cast<const uint16_t*>(args.x) + offset, args.n, own.sum);
   variant.half->to_float(static_cast<const uint16_t*>(args.residual) + offset, args.n, own.other);
-  variant.floats->add(own.sum, own.other, args.n, own.sum);
+  variant.layer->add(own.sum, own.other, args.n, own.sum);
   variant.half->from_float(own.sum, args.n, sum);
   variant.half->to_float(sum, args.n, own.sum);  // the norm sees what the next layer sees
   variant.half->to_float(static_cast<const uint16_t*>(args.weight), args.n, own.other);
-  variant.floats->scale(own.sum, own.other, args.n, factor_of(*variant.floats, args, own.sum), own.sum);
+  variant.layer->scale(own.sum, own.other, args.n, factor_of(*variant.layer, args, own.sum), own.sum);
   variant.half->from_float(own.sum, args.n, static_cast<uint16_t*>(args.y) + offset);
 }
 

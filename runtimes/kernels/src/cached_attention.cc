@@ -181,11 +181,11 @@ class Attention {
       for (int64_t head = 0; head < plan_.group; ++head) {
         const float* q = floats(args_.qkv, in_row + (kv_head * plan_.group + head) * width, width, row);
         float* place = queries_ + (set * plan_.rows + token * plan_.group + head) * width;
-        variant_.floats->rotate(q, cosine, sine, width, factor, place);
+        variant_.layer->rotate(q, cosine, sine, width, factor, place);
       }
       const int64_t cached = (set * capacity_ + filled + token) * width;
       const float* key = floats(args_.qkv, in_row + (args_.heads + kv_head) * width, width, row);
-      variant_.floats->rotate(key, cosine, sine, width, 1.0f, turned);
+      variant_.layer->rotate(key, cosine, sine, width, 1.0f, turned);
       write_floats(turned, width, args_.present_key, cached);
       const int64_t value = in_row + (args_.heads + args_.kv_heads + kv_head) * width;
       memcpy(at(args_.present_value, cached), at(args_.qkv, value), width * bytes_);
@@ -240,13 +240,13 @@ class Attention {
     task.largest = result.largest;
     task.total = result.total;
     task.sums = result.sums;
-    variant_.floats->attend(task);
+    variant_.layer->attend(task);
   }
 
   void merge(int64_t rows, const Partial& into, const Partial& other) const {
     for (int64_t row = 0; row < rows; ++row) {
       AttendedRow mine = {into.largest[row], into.total[row], into.sums + row * args_.width};
-      variant_.floats->merge(args_.width, &mine,
+      variant_.layer->merge(args_.width, &mine,
                              {other.largest[row], other.total[row], other.sums + row * args_.width});
       into.largest[row] = mine.largest;
       into.total[row] = mine.total;

@@ -34,8 +34,9 @@ uint64_t saved_states() {
 Features detect() {
   uint32_t a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return {};
-  const bool osxsave = c & bit_OSXSAVE, avx = c & bit_AVX, f16c = c & bit_F16C, popcnt = c & bit_POPCNT;
-  if (!osxsave || !avx || !f16c || !popcnt) return {};
+  const bool osxsave = c & bit_OSXSAVE, avx = c & bit_AVX, f16c = c & bit_F16C, fma = c & bit_FMA;
+  const bool popcnt = c & bit_POPCNT;
+  if (!osxsave || !avx || !f16c || !fma || !popcnt) return {};
   const uint64_t states = saved_states();
   if ((states & kXmmYmm) != kXmmYmm) return {};
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};

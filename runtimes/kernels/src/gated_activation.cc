@@ -46,7 +46,7 @@ int qsk_gated_activation(const qsk_variant* variant, const qsk_gated_activation_
   if (args->x == nullptr || args->y == nullptr || (needed > 0 && scratch == nullptr)) return QSK_NULL_ARGUMENT;
   if (scratch_bytes < needed) return QSK_SCRATCH_TOO_SMALL;
   const auto activate =
-      args->activation == QSK_RELU2 ? variant->floats->gated_relu2 : variant->floats->gated_silu;
+      args->activation == QSK_RELU2 ? variant->layer->gated_relu2 : variant->layer->gated_silu;
   qsk::Pieces rows(args->rows);
   auto body = [&](int64_t worker) {
     float* converted = reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + worker * qsk::worker_bytes(*args));

@@ -7,6 +7,8 @@
 
 #include <stdint.h>
 
+#include "float_kernels.h"
+#include "layer_kernels.h"
 #include "qsk/variant.h"
 
 // Unrolls the loop that follows, so that its array of vectors becomes registers: left alone, GCC keeps sums of six rows
@@ -111,49 +113,10 @@ struct TernaryKernels {
 // Channels per call of `gemv`: int16 sums of 32 x4-scaled products just fit.
 constexpr int64_t kGemvRows = 32;
 
-constexpr int64_t kAttendRows = 64;
-constexpr int64_t kAttendKeys = 256;
-
-// Query rows against a chunk of keys, all float32. Row r of the result is (largest, total, sums): the largest visible
-// score, the sum of weights e^(score - largest), and the weighted sum of values.
-struct AttendBlock {
-  const float* q;  // [rows, width], turned and scaled
-  int64_t rows;    // at most kAttendRows
-  const float* key;
-  const float* value;  // [keys, width] both
-  int64_t keys;        // at most kAttendKeys
-  int64_t width;
-  const uint8_t* const* visible;  // of each row, [keys], 0 or 1
-  float* scores;                  // workspace [rows, kAttendKeys]
-  float* largest;                 // [rows]
-  float* total;                   // [rows]
-  float* sums;                    // [rows, width]
-};
-
-struct AttendedRow {
-  float largest;
-  float total;
-  float* sums;
-};
-
-// Float kernels: `lanes.h` fixes the order of their operations, so that all variants give the same bits.
-struct FloatKernels {
-  void (*attend)(const AttendBlock& block);
-  void (*merge)(int64_t width, AttendedRow* into, const AttendedRow& other);
-  void (*rotate)(const float* x, const float* cosine, const float* sine, int64_t width, float factor, float* y);
-  // y = relu(gate)^2 * up, and silu(gate) * up.
-  void (*gated_relu2)(const float* gate, const float* up, int64_t n, float* y);
-  void (*gated_silu)(const float* gate, const float* up, int64_t n, float* y);
-  void (*add)(const float* x, const float* residual, int64_t n, float* y);
-  float (*square_sum)(const float* x, int64_t n);
-  void (*scale)(const float* x, const float* weight, int64_t n, float factor, float* y);  // (x * factor) * weight
-};
-
 extern const HalfKernels half_generic, half_f16c, half_neon;
 extern const QuantizeKernels quantize_generic, quantize_avx2, quantize_neon;
 extern const TopKKernels topk_generic, topk_avx2, topk_neon;
 extern const TernaryKernels ternary_generic, ternary_avx2, ternary_avx512vnni, ternary_neon, ternary_neondot;
-extern const FloatKernels float_generic, float_avx2, float_neon;
 
 }  // namespace qsk
 
@@ -165,6 +128,7 @@ struct qsk_variant {
   const qsk::TopKKernels* topk;
   const qsk::TernaryKernels* ternary;
   const qsk::FloatKernels* floats;
+  const qsk::LayerKernels* layer;
 };
 
 namespace qsk {

@@ -10,9 +10,6 @@
 extern "C" {
 #endif
 
-// Matrices in one call: more than the projections of any layer that share a mask.
-#define QSK_MOST_MATRICES 64
-
 typedef struct qsk_sparse_ternary_matmul_args {
   int type;       // of x and y: QSK_FLOAT32 or QSK_FLOAT16
   const void* x;  // [m, k], contiguous

@@ -1,0 +1,206 @@
+// The driver of DenseMatMulNBits: rows of x are laid out in the order in which the codes of a word are masked, then
+// the workers take runs of outputs.
+#include "qsk/dense_matmul_nbits.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "float_kernels.h"
+#include "kernels.h"
+#include "work.h"
+
+namespace qsk {
+namespace {
+
+constexpr int64_t kLanes = 8;
+constexpr int64_t kPieceBytes = 64 << 10;  // of weights that a worker takes at a time
+constexpr int64_t kRowsBetween = 4;        // rows of x for which a piece stays in the first cache
+
+struct Plan {
+  explicit Plan(const qsk_dense_matmul_nbits_args& given, const qsk_parallel* parallel) : args(given) {
+    row_bytes = qsk_dense_row_bytes(args.k, args.bits);
+    steps = ceil_div(row_bytes, 32);
+    planes_stride = steps * 256 / args.bits;
+    offsets_stride = steps * kLanes;
+    piece_outputs = max_of(1, kPieceBytes / max_of(1, row_bytes));
+    pieces = ceil_div(args.n, piece_outputs);
+    workers = min_of(worker_count(parallel), max_of(1, pieces));
+  }
+  const qsk_dense_matmul_nbits_args& args;
+  int64_t row_bytes, steps, planes_stride, offsets_stride, piece_outputs, pieces, workers;
+};
+
+struct Workspace {
+  float* x;        // [k] a row converted from float16
+  float* planes;   // [m, planes_stride] x by step, plane and lane, divided by what the place of the codes multiplies
+  float* offsets;  // [m, offsets_stride] minus the zero point of a lane's codes
+  bool* is_bad;    // [m]
+  float* y;        // [workers, m, piece_outputs]
+  int64_t bytes;
+};
+
+Workspace lay_out(const Plan& plan, void* base) {
+  Scratch scratch(base);
+  Workspace work = {};
+  work.x = scratch.take<float>(plan.args.type == QSK_FLOAT16 ? plan.args.k : 0);
+  work.planes = scratch.take<float>(plan.args.m * plan.planes_stride);
+  work.offsets = scratch.take<float>(plan.args.m * plan.offsets_stride);
+  work.is_bad = scratch.take<bool>(plan.args.m);
+  work.y = scratch.take<float>(plan.workers * plan.args.m * plan.piece_outputs);
+  work.bytes = scratch.used();
+  return work;
+}
+
+void prepare(const qsk_variant& variant, const Plan& plan, const Workspace& work, int64_t row) {
+  const qsk_dense_matmul_nbits_args& args = plan.args;
+  const float* x = static_cast<const float*>(args.x) + row * args.k;
+  if (args.type == QSK_FLOAT16) {
+    variant.half->to_float(static_cast<const uint16_t*>(args.x) + row * args.k, args.k, work.x);
+    x = work.x;
+  }
+  work.is_bad[row] = variant.quantize->largest_magnitude(x, args.k) >= kInfinityBits;
+  const int64_t planes = 32 / args.bits;
+  const float zero_point = static_cast<float>(1 << (args.bits - 1));
+  for (int64_t step = 0; step < plan.steps; ++step) {
+    float* out = work.planes + row * plan.planes_stride + step * planes * kLanes;
+    float* offsets = work.offsets + row * plan.offsets_stride + step * kLanes;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      float total = 0.0f;
+      for (int64_t plane = 0; plane < planes; ++plane) {
+        const int64_t input = (step * kLanes + lane) * planes + plane;
+        const float value = input < args.k ? x[input] : 0.0f;
+        out[plane * kLanes + lane] = value / static_cast<float>(1 << (args.bits * (plane % (planes / 2))));
+        total += value;
+      }
+      offsets[lane] = -zero_point * total;
+    }
+  }
+}
+
+void multiply_piece(const qsk_variant& variant, const Plan& plan, const Workspace& work, int64_t piece, float* y) {
+  const qsk_dense_matmul_nbits_args& args = plan.args;
+  const int64_t begin = piece * plan.piece_outputs, outputs = min_of(plan.piece_outputs, args.n - begin);
+  const int64_t groups = ceil_div(args.k, args.group);
+  for (int64_t row = 0; row < args.m; row += kRowsBetween) {
+    DenseRows rows = {};
+    rows.w = args.w + begin * plan.row_bytes;
+    rows.row_bytes = plan.row_bytes;
+    rows.scales = args.scales + begin * groups;
+    rows.scales_stride = groups;
+    rows.group = args.group;
+    rows.outputs = outputs;
+    rows.steps = plan.steps;
+    rows.planes = work.planes + row * plan.planes_stride;
+    rows.planes_stride = plan.planes_stride;
+    rows.offsets = work.offsets + row * plan.offsets_stride;
+    rows.offsets_stride = plan.offsets_stride;
+    rows.rows = min_of(kRowsBetween, args.m - row);
+    rows.y_stride = outputs;
+    variant.floats->dense[args.bits == 4 ? kInt4Weights : kInt8Weights](rows, y + row * outputs);
+  }
+  for (int64_t row = 0; row < args.m; ++row) {
+    float* values = y + row * outputs;
+    if (work.is_bad[row]) {
+      for (int64_t i = 0; i < outputs; ++i) values[i] = NAN;
+    }
+    const int64_t position = row * args.n + begin;
+    if (args.type == QSK_FLOAT16) {
+      variant.half->from_float(values, outputs, static_cast<uint16_t*>(args.y) + position);
+    } else {
+      memcpy(static_cast<float*>(args.y) + position, values, outputs * sizeof *values);
+    }
+  }
+}
+
+int check(const qsk_dense_matmul_nbits_args* args) {
+  if (args == nullptr) return QSK_NULL_ARGUMENT;
+  if (args->type != QSK_FLOAT32 && args->type != QSK_FLOAT16) return QSK_BAD_TYPE;
+  if (args->bits != 4 && args->bits != 8) return QSK_BAD_TYPE;
+  if (args->m < 0 || args->k < 0 || args->n < 0 || args->group < 1) return QSK_BAD_SIZE;
+  if (args->group % kLanes != 0 && args->group < args->k) return QSK_BAD_SIZE;
+  if (args->m > INT32_MAX || args->k > INT32_MAX - 64 || args->n > INT32_MAX) return QSK_BAD_SIZE;
+  return QSK_OK;
+}
+
+int check(const qsk_gather_nbits_args* args) {
+  if (args == nullptr) return QSK_NULL_ARGUMENT;
+  if (args->type != QSK_FLOAT32 && args->type != QSK_FLOAT16) return QSK_BAD_TYPE;
+  if (args->bits != 4 && args->bits != 8) return QSK_BAD_TYPE;
+  if (args->count < 0 || args->k < 0 || args->n < 0 || args->group < 1) return QSK_BAD_SIZE;
+  if (args->count > INT32_MAX || args->k > INT32_MAX - 64 || args->n > INT32_MAX) return QSK_BAD_SIZE;
+  return QSK_OK;
+}
+
+void gather_row(const qsk_variant& variant, const qsk_gather_nbits_args& args, int64_t position, float* converted) {
+  const int64_t id = args.ids[position], groups = ceil_div(args.k, args.group);
+  const uint8_t* row = args.w + id * qsk_dense_row_bytes(args.k, args.bits);
+  const bool half = args.type == QSK_FLOAT16;
+  float* y = half ? converted : static_cast<float*>(args.y) + position * args.k;
+  const int zero_point = 1 << (args.bits - 1);
+  for (int64_t group = 0; group < groups; ++group) {
+    float scale;
+    variant.half->to_float(args.scales + id * groups + group, 1, &scale);
+    const int64_t end = min_of(args.k, (group + 1) * args.group);
+    for (int64_t c = group * args.group; c < end; ++c) {
+      const int code = args.bits == 8 ? row[c] : row[c / 2] >> (c % 2 * 4) & 15;
+      y[c] = static_cast<float>(code - zero_point) * scale;
+    }
+  }
+  if (half) variant.half->from_float(y, args.k, static_cast<uint16_t*>(args.y) + position * args.k);
+}
+
+}  // namespace
+}  // namespace qsk
+
+int64_t qsk_dense_row_bytes(int64_t k, int64_t bits) { return qsk::ceil_div(k * bits, 8); }
+
+int64_t qsk_dense_matmul_nbits_scratch_bytes(const qsk_dense_matmul_nbits_args* args, const qsk_parallel* parallel) {
+  if (qsk::check(args) != QSK_OK) return 0;
+  return qsk::lay_out(qsk::Plan(*args, parallel), nullptr).bytes;
+}
+
+int qsk_dense_matmul_nbits(const qsk_variant* variant, const qsk_dense_matmul_nbits_args* args,
+                           const qsk_parallel* parallel, void* scratch, int64_t scratch_bytes) {
+  int status = qsk::check(args);
+  if (status == QSK_OK) status = qsk::resolve_variant(&variant);
+  if (status != QSK_OK) return status;
+  if (args->m == 0 || args->n == 0) return QSK_OK;
+  if (args->y == nullptr || scratch == nullptr) return QSK_NULL_ARGUMENT;
+  if (args->k > 0 && (args->x == nullptr || args->w == nullptr || args->scales == nullptr)) return QSK_NULL_ARGUMENT;
+  const qsk::Plan plan(*args, parallel);
+  const qsk::Workspace work = qsk::lay_out(plan, scratch);
+  if (scratch_bytes < work.bytes) return QSK_SCRATCH_TOO_SMALL;
+  for (int64_t row = 0; row < args->m; ++row) qsk::prepare(*variant, plan, work, row);
+  qsk::Pieces pieces(plan.pieces);
+  auto body = [&](int64_t worker) {
+    float* y = work.y + worker * args->m * plan.piece_outputs;
+    for (int64_t piece = pieces.take(); piece >= 0; piece = pieces.take()) {
+      qsk::multiply_piece(*variant, plan, work, piece, y);
+    }
+  };
+  qsk::run_workers(parallel, plan.workers, body);
+  return QSK_OK;
+}
+
+int64_t qsk_gather_nbits_scratch_bytes(const qsk_gather_nbits_args* args, const qsk_parallel*) {
+  return qsk::check(args) == QSK_OK && args->type == QSK_FLOAT16 ? args->k * 4 : 0;
+}
+
+int qsk_gather_nbits(const qsk_variant* variant, const qsk_gather_nbits_args* args, const qsk_parallel* parallel,
+                     void* scratch, int64_t scratch_bytes) {
+  int status = qsk::check(args);
+  if (status == QSK_OK) status = qsk::resolve_variant(&variant);
+  if (status != QSK_OK) return status;
+  if (args->count == 0 || args->k == 0) return QSK_OK;
+  if (args->ids == nullptr || args->w == nullptr || args->scales == nullptr || args->y == nullptr) {
+    return QSK_NULL_ARGUMENT;
+  }
+  const int64_t needed = qsk_gather_nbits_scratch_bytes(args, parallel);
+  if (needed > 0 && scratch == nullptr) return QSK_NULL_ARGUMENT;
+  if (scratch_bytes < needed) return QSK_SCRATCH_TOO_SMALL;
+  for (int64_t i = 0; i < args->count; ++i) {
+    if (args->ids[i] < 0 || args->ids[i] >= args->n) return QSK_BAD_INDEX;
+    qsk::gather_row(*variant, *args, i, static_cast<float*>(scratch));
+  }
+  return QSK_OK;
+}
