@@ -8,7 +8,7 @@
 namespace qsk {
 namespace {
 
-constexpr int64_t kElementsPerWorker = 65536;  // below that a second thread costs more than it brings
+constexpr int64_t kElementsPerWorker = 16384;  // below that a second thread costs more than it brings
 
 int check(const qsk_add_rms_norm_args* args) {
   if (args == nullptr) return QSK_NULL_ARGUMENT;
