@@ -110,7 +110,9 @@ def match_attention(node: ir.Node) -> AttentionMatch | str:
         return "its mask is not a boolean one for each sequence and all heads"
     if query.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
         return f"the kernel takes no {query.dtype}"
-    return AttentionMatch(node, rotary_query, rotary_key, _common_split(rotary_query, rotary_key, node), heads, kv_heads)
+    return AttentionMatch(
+        node, rotary_query, rotary_key, _common_split(rotary_query, rotary_key, node), heads, kv_heads
+    )
 
 
 def _last_dim(value: ir.Value | None) -> int:

@@ -31,7 +31,6 @@ LOWER = (
 )
 
 
-
 def pipeline_for(native_ops: Collection[str]) -> str:
     """The spec string for a runtime that has kernels for ``native_ops``; none of them for a portable bundle."""
     native = tuple(name for name, op in FUSE_NATIVE.items() if op in native_ops)

@@ -86,7 +86,9 @@ class Generator:
         while len(feed):
             if self._shares_cache and position + len(feed) > room:
                 # By half each time, so that copying a growing cache stays a small share of filling it.
-                room = min(max(self.shape.max_positions, position + len(feed)), _rounded((position + len(feed)) * 3 // 2))
+                room = min(
+                    max(self.shape.max_positions, position + len(feed)), _rounded((position + len(feed)) * 3 // 2)
+                )
                 past = self._cache(past, position, room)
             logits, past = self._forward(feed, past, position)
             position += len(feed)

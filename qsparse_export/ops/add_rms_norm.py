@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     import onnx
 
 
-def reference(
-    x: np.ndarray, residual: np.ndarray, weight: np.ndarray, epsilon: float
-) -> tuple[np.ndarray, np.ndarray]:
+def reference(x: np.ndarray, residual: np.ndarray, weight: np.ndarray, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
     """The definition: x and residual [..., N], weight [N], all float16 or float32, to (sum, y) of the same type.
 
     UsageError when the shapes do not fit.

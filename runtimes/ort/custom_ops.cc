@@ -226,7 +226,7 @@ struct TopKSparsify : Ort::CustomOpBase<TopKSparsify<Type>, TopKSparsifyKernel<T
   TopKSparsify() {
     this->version = kApiVersion;
     this->InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) -> OrtStatusPtr {
-      return infer_like(*inference_api, context, {0, 0, -1, Type});
+      return infer_like(*inference_api, context, {0, 0, -1});
     };
     this->GetMayInplace = [](int** inputs, int** outputs) -> size_t {
       *inputs = new int[1]{0};
@@ -256,7 +256,7 @@ struct TernaryOp : Ort::CustomOpBase<TernaryOp<kOp, kOutputs, KernelType, Type>,
     this->InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) -> OrtStatusPtr {
       int64_t n = 0;
       QSPARSE_RETURN_IF_ERROR(sum_of_outputs(*inference_api, context, kOutputs, &n));
-      return infer_like(*inference_api, context, {0, 0, n, Type});
+      return infer_like(*inference_api, context, {0, 0, n});
     };
   }
   OrtStatusPtr CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const {

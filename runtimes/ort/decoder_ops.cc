@@ -214,8 +214,8 @@ struct AddRmsNorm : Ort::CustomOpBase<AddRmsNorm<Type>, AddRmsNormKernel<Type>, 
   AddRmsNorm() {
     this->version = kApiVersion;
     this->InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) -> OrtStatusPtr {
-      QSPARSE_RETURN_IF_ERROR(infer_like(*inference_api, context, {0, 0, -1, Type}));
-      return infer_like(*inference_api, context, {0, 1, -1, Type});
+      QSPARSE_RETURN_IF_ERROR(infer_like(*inference_api, context, {0, 0, -1}));
+      return infer_like(*inference_api, context, {0, 1, -1});
     };
   }
   OrtStatusPtr CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const {

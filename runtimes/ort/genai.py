@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def genai_config(
-    model: Mapping[str, Any], graph: str, library: str | None, *, shares_cache: bool
-) -> dict[str, Any]:
+def genai_config(model: Mapping[str, Any], graph: str, library: str | None, *, shares_cache: bool) -> dict[str, Any]:
     """The configuration for onnxruntime-genai 0.18; ``model`` is a ModelConfig as a dict.
 
     ``library`` is the file name of the kernel library inside the bundle, or None for a portable bundle. With

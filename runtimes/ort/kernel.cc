@@ -17,9 +17,11 @@ OrtStatus* infer_like(const OrtApi& api, OrtShapeInferContext* context, const Li
     dims[rank - 1] = likeness.last;
     names[rank - 1] = "";
   }
+  ONNXTensorElementDataType type = likeness.type;
+  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED) QSPARSE_RETURN_IF_ERROR(api.GetTensorElementType(x, &type));
   OrtTensorTypeAndShapeInfo* y = nullptr;
   QSPARSE_RETURN_IF_ERROR(api.CreateTensorTypeAndShapeInfo(&y));
-  OrtStatus* status = api.SetTensorElementType(y, likeness.type);
+  OrtStatus* status = api.SetTensorElementType(y, type);
   if (status == nullptr) status = api.SetDimensions(y, dims.data(), rank);
   if (status == nullptr) status = api.SetSymbolicDimensions(y, names.data(), rank);
   if (status == nullptr) status = api.ShapeInferContext_SetOutputTypeShape(context, likeness.output, y);

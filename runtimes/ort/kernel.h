@@ -64,12 +64,13 @@ OrtStatusPtr create(const OrtApi& api, const OrtKernelInfo* info, void** kernel)
 
 inline const OrtApi* inference_api = nullptr;  // shape inference gets no api argument; set by RegisterCustomOps
 
-// An output that is an input with its last dimension replaced by `last` unless that is negative.
+// An output that is an input with its last dimension replaced by `last` unless that is negative, and its type by `type`
+// unless that is undefined: overloads for several types share one inference.
 struct Likeness {
   size_t input;
   size_t output;
   int64_t last;
-  ONNXTensorElementDataType type;
+  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 };
 
 // In C calls: the C++ wrapper of API 21 to 23 throws on a symbolic dimension.
