@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qsparse_export.ops.cached_attention import SHARED_CACHE
 from qsparse_export.passes.annotate_scope import SCOPE
 from qsparse_export.passes.base import Pass, PassResult
-from qsparse_export.passes.match import is_op, replaced, sole_reader
+from qsparse_export.passes.match import drop_unused, is_op, replaced, sole_reader
 
 DOMAIN = "ai.qsparse"
 
@@ -179,10 +179,9 @@ def _rewrite(graph: ir.Graph, match: AttentionMatch) -> None:
     for old, new in zip(attention.outputs[:3], made[-1].outputs, strict=True):
         replaced(old, new)
     gone = [attention, match.rotary_query, match.rotary_key, *([match.split] if match.split is not None else [])]
+    sizes = match.split.inputs[1:] if match.split is not None else ()
     graph.remove(gone, safe=True)
-    sizes = match.split.inputs[1] if match.split is not None and len(match.split.inputs) > 1 else None
-    if sizes is not None and sizes.is_initializer() and not sizes.uses() and sizes.name is not None:
-        graph.initializers.pop(sizes.name, None)
+    drop_unused(graph, sizes)
 
 
 def _all_caches_have_room(graph: ir.Graph) -> bool:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qsparse_export.passes.annotate_scope import SCOPE
 from qsparse_export.passes.base import Pass, PassResult
-from qsparse_export.passes.match import is_op, other_input, replaced, scalar
+from qsparse_export.passes.match import drop_unused, is_op, other_input, replaced, scalar
 
 DOMAIN = "ai.qsparse"
 
@@ -152,7 +152,6 @@ def _rewrite(graph: ir.Graph, match: _Match) -> None:
         made.append(ir.node("Cast", [wide], attributes={"to": int(ir.DataType.FLOAT16)}, metadata_props=metadata))
     graph.insert_before(product, made)
     replaced(result, made[-1].outputs[0])
+    sizes = split.inputs[1:]
     graph.remove(match.nodes, safe=True)
-    sizes = split.inputs[1] if len(split.inputs) > 1 else None
-    if sizes is not None and sizes.is_initializer() and not sizes.uses() and sizes.name is not None:
-        graph.initializers.pop(sizes.name, None)
+    drop_unused(graph, sizes)

@@ -1,15 +1,18 @@
-"""Questions that rules ask of nodes and values; each has one answer and changes nothing, but for ``replaced``."""
+"""Questions that rules ask of nodes and values; the last two do what most rewrites end with."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeGuard
 
 import onnx_ir as ir
 
+STANDARD = ("", "ai.onnx")
+
 
 def is_op(node: ir.Node | None, op_type: str, domain: str = "") -> TypeGuard[ir.Node]:
     """Whether ``node`` is the op ``op_type`` of ``domain`` (the standard one by default)."""
-    return node is not None and node.op_type == op_type and node.domain in (domain, "ai.onnx" if not domain else domain)
+    return node is not None and node.op_type == op_type and node.domain in ((domain,) if domain else STANDARD)
 
 
 def other_input(node: ir.Node, position: int) -> ir.Value | None:
@@ -45,3 +48,10 @@ def replaced(old: ir.Value, new: ir.Value) -> None:
     """Makes ``new`` stand for ``old``: its name, type, shape and every use, also as an output of the graph."""
     new.type, new.shape, new.name = old.type, old.shape, old.name
     old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def drop_unused(graph: ir.Graph, values: Sequence[ir.Value | None]) -> None:
+    """Removes those of ``values`` that are initialisers of ``graph`` and that nothing reads."""
+    for value in values:
+        if value is not None and value.is_initializer() and not value.uses() and value.name is not None:
+            graph.initializers.pop(value.name, None)
