@@ -12,6 +12,7 @@ PASSES: dict[str, str] = {
     "fold-constants": "clean_fold_constants:FoldConstants",
     "fuse-attention": "fuse_attention:FuseAttention",
     "fuse-glu": "fuse_glu:FuseGlu",
+    "fuse-gqa": "fuse_gqa:FuseGqa",
     "fuse-norm": "fuse_norm:FuseNorm",
     "fuse-sparse-ternary": "fuse_sparse_ternary:FuseSparseTernary",
     "infer-shapes": "clean_infer_shapes:InferShapes",

@@ -45,7 +45,7 @@ class FuseAttention(Pass):
             if isinstance(match, AttentionMatch):
                 _rewrite(model.graph, match)
                 modified = True
-        if _all_caches_have_room(model.graph) and model.metadata_props.get(SHARED_CACHE) != "true":
+        if all_caches_have_room(model.graph) and model.metadata_props.get(SHARED_CACHE) != "true":
             model.metadata_props[SHARED_CACHE] = "true"
             modified = True
         return PassResult(model, modified)
@@ -184,12 +184,17 @@ def _rewrite(graph: ir.Graph, match: AttentionMatch) -> None:
     drop_unused(graph, sizes)
 
 
-def _all_caches_have_room(graph: ir.Graph) -> bool:
-    """Whether attention reads and writes its caches at the graph's border, in fused nodes alone."""
-    fused = [node for node in graph if is_op(node, "CachedAttention", DOMAIN)]
-    at_border = all(
+def all_caches_have_room(graph: ir.Graph) -> bool:
+    """Whether attention reads and writes its caches at the graph's border, in ops alone that take a cache with room."""
+    caches = []
+    for node in graph:
+        if is_op(node, "CachedAttention", DOMAIN):
+            caches += [(node, *pair) for pair in zip(node.inputs[4:6], node.outputs[1:3], strict=True)]
+        elif is_op(node, "GroupQueryAttention", "com.microsoft"):
+            caches += [(node, *pair) for pair in zip(node.inputs[3:5], node.outputs[1:3], strict=True)]
+        elif is_op(node, "Attention"):
+            return False
+    return bool(caches) and all(
         past is not None and past.is_graph_input() and sole_reader(past, node) and present.is_graph_output()
-        for node in fused
-        for past, present in zip(node.inputs[4:6], node.outputs[1:3], strict=True)
+        for node, past, present in caches
     )
-    return bool(fused) and at_border and not any(is_op(node, "Attention") for node in graph)
