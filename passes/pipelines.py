@@ -12,6 +12,10 @@ CLEAN = (
     "eliminate-dead",  # what folding left behind
 )
 
+NARROW = (
+    "float16",  # before the fusions, which read the Casts that it makes; after CLEAN, so that it makes each of them once
+)
+
 FUSE = (
     "fuse-sparse-ternary",  # after duplicates are gone: matrices share a mask only when it is one node
 )
@@ -31,10 +35,13 @@ LOWER = (
 )
 
 
-def pipeline_for(native_ops: Collection[str]) -> str:
-    """The spec string for a runtime that has kernels for ``native_ops``; none of them for a portable bundle."""
+def pipeline_for(native_ops: Collection[str], *, narrow: bool = False) -> str:
+    """The spec string for a runtime that has kernels for ``native_ops``; none of them for a portable bundle.
+
+    ``narrow``: float16 instead of float32.
+    """
     native = tuple(name for name, op in FUSE_NATIVE.items() if op in native_ops)
-    return ",".join(CLEAN + FUSE + native + LOWER)
+    return ",".join(CLEAN + (NARROW if narrow else ()) + FUSE + native + LOWER)
 
 
 DEFAULT = pipeline_for(FUSE_NATIVE.values())

@@ -116,6 +116,7 @@ def _export_decoder(
     folder: Path,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
+    import onnx_ir
     import torch
 
     from qsparse_export.compile import add_decoder_files, compile_graph
@@ -123,11 +124,13 @@ def _export_decoder(
     from qsparse_export.ops.cached_attention import SHARED_CACHE
 
     config = _with_weights(config, options.weights)
-    dtype = torch.float16 if options.weights == "fp16" else torch.float32
     tell("export")
-    graph = decoder_graph(config, model.weights, dtype)
+    graph = decoder_graph(config, model.weights, torch.float32)
     tell("lower")
     pipeline = _lower(graph, target, options)
+    dtype = torch.float16 if graph.graph.outputs[0].dtype == onnx_ir.DataType.FLOAT16 else torch.float32
+    if options.weights == "fp16" and dtype != torch.float16:
+        raise UsageError("--weights fp16 needs the pass float16 in --passes, before attach-bodies: " + pipeline)
     tell("compile")
     files = compile_graph(graph, target, runtime, folder, native=not options.portable)
     shares_cache = graph.metadata_props.get(SHARED_CACHE) == "true"
@@ -197,8 +200,9 @@ def _lower(graph: ir.Model, target: Target, options: Options) -> str:
     from qsparse_export.lower import lower
     from qsparse_export.passes.pipelines import pipeline_for
 
-    native_ops = frozenset() if options.portable else target.native_ops
-    return lower(graph, pipeline_for(native_ops) if options.pipeline is None else options.pipeline)
+    native_ops: frozenset[str] = frozenset() if options.portable else target.native_ops
+    default = pipeline_for(native_ops, narrow=options.weights == "fp16")
+    return lower(graph, default if options.pipeline is None else options.pipeline)
 
 
 def _with_weights(config: ModelConfig, weights: Weights) -> ModelConfig:

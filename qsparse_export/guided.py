@@ -63,10 +63,11 @@ def choice_taps(graph: ir.Model) -> tuple[Tap, ...]:
     SparseTernaryMatMul stands for the calls that it was made of, and shows the choices of all of them in its input.
     """
     from qsparse_export.passes.annotate_scope import SCOPE
+    from qsparse_export.passes.lower_inline_bodies import choosing_nodes
 
     taps: list[Tap] = []
-    for node in graph.graph:
-        if node.domain == DOMAIN and node.op_type not in CONTINUOUS:
+    for node in choosing_nodes(graph):
+        if node.op_type not in CONTINUOUS:
             value = node.outputs[0] if node.op_type == "TopKSparsify" else node.inputs[0]
             assert value is not None and value.name is not None
             scope = node.metadata_props.get(SCOPE, node.name or "")
