@@ -24,6 +24,9 @@ CARRIES_CHANCES = frozenset(
 )
 """Ops behind a Softmax that a router is made of: its chances stay float32 until they have weighed the experts' outputs."""
 
+GIVES_FLOAT = frozenset({"GatedActivation", "GatherNBits"})
+"""Our ops whose result is float32 whatever they read."""
+
 SCALES = {"TernaryMatMul": (2,), "SparseTernaryMatMul": (2,)}
 """Inputs that our ops take in float32 whatever the type of the others."""
 
@@ -114,7 +117,7 @@ class _Narrowing:
         for value in produced:
             node = value.producer()
             assert node is not None
-            if id(node) not in self._wide and not is_op(node, "GatedActivation", DOMAIN):
+            if id(node) not in self._wide and not (node.domain == DOMAIN and node.op_type in GIVES_FLOAT):
                 value.type = ir.TensorType(ir.DataType.FLOAT16)
                 _narrow_attributes(node)
         for node in nodes:

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+IMPORT = (
+    "inline-functions",  # rules see one flat graph
+    "convert-opset",  # the function bodies are written in one opset
+    "infer-shapes",  # a mask is one only where its shape is that of what it masks
+    "annotate-scope",  # as in CLEAN, before rules make nodes
+    "eliminate-identity",  # what detach() and aliases leave
+    "fold-constants",  # k and shapes of static dimensions
+    "infer-shapes",  # what folding made known
+    "fuse-topk",  # before duplicates go: each mask knows by which names to find it in the original
+    "fuse-ternary",  # after the masks: a quantiser may stand behind one
+)
+
 CLEAN = (
     "annotate-scope",  # first: later passes make nodes that do not know their PyTorch module
     "eliminate-identity",  # the exporter leaves aliases between custom ops
@@ -18,6 +30,8 @@ NARROW = (
 
 FUSE = (
     "fuse-sparse-ternary",  # after duplicates are gone: matrices share a mask only when it is one node
+    "fuse-sparse-nbits",
+    "fuse-sparse-matmul",
 )
 
 FUSE_NATIVE = {
@@ -40,8 +54,19 @@ def pipeline_for(native_ops: Collection[str], *, narrow: bool = False) -> str:
 
     ``narrow``: float16 instead of float32.
     """
-    native = tuple(name for name, op in FUSE_NATIVE.items() if op in native_ops)
-    return ",".join(CLEAN + (NARROW if narrow else ()) + FUSE + native + LOWER)
+    return ",".join(CLEAN + (NARROW if narrow else ()) + FUSE + _native(native_ops) + LOWER)
 
+
+def foreign_pipeline_for(native_ops: Collection[str]) -> str:
+    """The same for a graph that another exporter wrote."""
+    return ",".join(IMPORT + CLEAN + FUSE + _native(native_ops) + LOWER)
+
+
+def _native(ops: Collection[str]) -> tuple[str, ...]:
+    return tuple(name for name, op in FUSE_NATIVE.items() if op in ops)
+
+
+FOREIGN = foreign_pipeline_for(FUSE_NATIVE.values())
+"""Of a graph that another exporter wrote, where every kernel runs."""
 
 DEFAULT = pipeline_for(FUSE_NATIVE.values())

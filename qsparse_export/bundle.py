@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qsparse_export.errors import BundleError, TargetError
 
 if TYPE_CHECKING:
-    from qsparse_export.generate import Generator
+    from qsparse_export.generate import DecoderShape, Generator
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -66,13 +66,19 @@ class Bundle:
         from qsparse_export.targets.detect import host
 
         target, here = self.manifest["target"], host()
-        lacks = sorted(set(target["features"]) - here.features)
-        if (target["arch"], target["system"]) == (here.arch, here.system) and not lacks:
+        try:
+            lacks = sorted(set(target["features"]) - here.features)
+            machine = (target["arch"], target["system"])
+        except (KeyError, TypeError) as error:
+            raise BundleError(
+                f"{self.path / MANIFEST} does not describe a target ({error}); export it again"
+            ) from error
+        if machine == (here.arch, here.system) and not lacks:
             return
-        wants = f"{target['arch']} {target['system']}" + (f" with {', '.join(lacks)}" if lacks else "")
+        wants = f"{machine[0]} {machine[1]}" + (f" with {', '.join(lacks)}" if lacks else "")
         raise TargetError(
-            f"{self.path} was made for {target['name']} ({wants}), and this machine is {here.arch} {here.system}"
-            + (" without that" if lacks else "")
+            f"{self.path} was made for {target.get('name')} ({wants}), and this machine is {here.arch} {here.system}"
+            + (f" without that: it has {', '.join(sorted(here.features)) or 'no feature known here'}" if lacks else "")
             + "; export it with --target cpu on this machine, or run it with --no-native (function bodies, slower)"
         )
 
@@ -82,25 +88,36 @@ class Bundle:
         ``native=None`` runs the kernels unless the bundle was made portable; False runs the function bodies.
         Raises TargetError when the bundle's target is another machine and kernels are asked for.
         """
-        from qsparse_export.generate import DecoderShape, Generator
+        from qsparse_export.generate import Generator
         from qsparse_export.runtimes import get_runtime
 
-        if self.manifest["kind"] != "decoder":
-            raise BundleError(f"{self.path} holds a {self.manifest['kind']}, which does not generate text")
+        shape = self.decoder_shape()
         native = self.manifest["native"] if native is None else native
         if native:
             self.require_host()
         session = get_runtime(self.manifest["runtime"]).open(self.path, threads=threads, native=native)
-        model = self.manifest["model"]
-        shape = DecoderShape(
-            vocab_size=model["vocab_size"],
-            kv_heads=model["kv_heads"],
-            head_dim=model["head_dim"],
-            max_positions=model["max_positions"],
-            eos_token_ids=tuple(model["eos_token_ids"]),
-            dtype=self.manifest["dtype"],
-        )
         return Generator(session, shape, self.path / "tokenizer.json")
+
+    def decoder_shape(self) -> DecoderShape:
+        """What the generation loop must know; BundleError when the bundle holds no decoder."""
+        from qsparse_export.generate import DecoderShape
+
+        if self.manifest["kind"] != "decoder":
+            raise BundleError(f"{self.path} holds a {self.manifest['kind']}, which does not generate text")
+        try:
+            model = self.manifest["model"]
+            return DecoderShape(
+                vocab_size=model["vocab_size"],
+                kv_heads=model["kv_heads"],
+                head_dim=model["head_dim"],
+                max_positions=model["max_positions"],
+                eos_token_ids=tuple(model["eos_token_ids"]),
+                dtype=self.manifest["dtype"],
+            )
+        except (KeyError, TypeError) as error:
+            raise BundleError(
+                f"{self.path / MANIFEST} does not describe a decoder ({error}); export it again"
+            ) from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

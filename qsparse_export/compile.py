@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from qsparse_export.errors import TargetError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -15,10 +17,76 @@ if TYPE_CHECKING:
     from qsparse_export.targets.target import Target
 
 
-def compile_graph(graph: ir.Model, target: Target, runtime: Runtime, folder: Path, *, native: bool) -> tuple[str, ...]:
-    """Writes into ``folder`` what ``runtime`` runs on ``target``; returns the file names. TargetError when it cannot."""
+def check_target(target: Target, runtime: Runtime, *, portable: bool, dtype: str, with_bench: bool) -> bool:
+    """Whether the bundle will hold native kernels; TargetError, before any work is done, for what ``target`` cannot do.
+
+    ``dtype`` is the number format of activations, a NumPy name; ``with_bench`` asks for qsparse-device-bench.
+    """
     target.require_runtime(runtime.name)
-    return runtime.compile(graph, target, folder, native=native)
+    target.require_dtype(dtype)
+    if with_bench and (runtime.name != "ort" or target.library == "impossible"):
+        raise TargetError(
+            f"qsparse-device-bench is a native program for the runtime ort: there is none for target {target.name} with "
+            f"{runtime.name}; leave --with-bench out"
+        )
+    native = target.runs_native(portable)
+    if native or with_bench:
+        runtime.require_target(target)
+    return native
+
+
+def compile_graph(graph: ir.Model, target: Target, runtime: Runtime, folder: Path, *, native: bool) -> tuple[str, ...]:
+    """Writes into ``folder`` what ``runtime`` runs on ``target``; returns the file names.
+
+    Raises TargetError when the weights exceed what the target can load or hold, before they are written.
+    """
+    weights = sum(
+        value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None
+    )
+    target.require_room({"the weights' file": weights})
+    files = runtime.compile(graph, target, folder, native=native)
+    target.require_room({name: (folder / name).stat().st_size for name in files})
+    return files
+
+
+def add_device_bench(folder: Path, target: Target) -> str:
+    """Puts qsparse-device-bench for ``target`` into ``folder``; returns its name. TargetError where there is none."""
+    from qsparse_export.runtimes.ort import bundled
+
+    return bundled.add_device_bench(target, folder)
+
+
+def library_record(target: Target, runtime: Runtime, *, native: bool) -> dict[str, Any] | None:
+    """Where the bundle's kernel library comes from, for the manifest; None for a bundle without one."""
+    if not native or runtime.name != "ort":
+        return None
+    from qsparse_export.runtimes.ort import bundled
+
+    return bundled.record(target)
+
+
+def verification_record(target: Target, runtime: Runtime, *, native: bool) -> dict[str, Any]:
+    """Which machine verified the bundle, and with which kernels: ``ran_on`` of the manifest's parity.
+
+    A bundle for another architecture is verified with this machine's own build of the same sources; ``covers_library``
+    says whether the library that ran is the one in the bundle.
+    """
+    from qsparse_export.targets.detect import host
+
+    here = host()
+    record: dict[str, Any] = {"arch": here.arch, "system": here.system, "features": sorted(here.features)}
+    if native and runtime.name == "ort":
+        from qsparse_export.runtimes.ort import bundled
+
+        same = bundled.is_installed(target)
+        record["library"] = bundled.installed_record()
+        record["covers_library"] = same
+        if not same:
+            record["note"] = (
+                f"the library for {target.triple} in this bundle was not run at export; {here.triple}'s build of the same "
+                "sources was: run qsparse-device-bench on the device"
+            )
+    return record
 
 
 def add_decoder_files(

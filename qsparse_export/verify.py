@@ -8,6 +8,7 @@ itself. See docs/adr/parity-follows-the-choices.md.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from qsparse_export.errors import ParityError
 from qsparse_export.generate import DecoderShape, Generator, greedy
+from qsparse_export.rounding import layers_of, nudged, steady_tokens
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
 Level = Literal["full", "quick", "none"]
 
-NOISE_RUNS = 3
 NOISE_FACTOR = 4.0
 FLOOR = {"float32": 6e-5, "float16": 2e-2}  # 512 and 20 units in the last place: sums of some thousand terms
 CEILING = 0.1
@@ -48,7 +49,9 @@ class PathParity:
     ``max_logit_error`` the largest absolute one. ``argmax_agreement``: share of these positions with the same argmax;
     ``greedy_agreement``: share of the greedy tokens that PyTorch chooses too. ``flipped_choices``: choices that PyTorch
     alone would have made otherwise, all of them ties up to rounding, of ``choices``. ``free_greedy_agreement``: greedy
-    tokens until the first difference when PyTorch runs on its own; below 1 only by flipped choices.
+    tokens until the first difference when PyTorch runs on its own; below 1 only by flipped choices. ``greedy_ids`` are the
+    tokens that this way generated after the prompt; any other correct runtime should generate the first
+    ``steady_greedy_tokens`` of them, which did not change when rounding was provoked in PyTorch.
     """
 
     path: str
@@ -60,6 +63,8 @@ class PathParity:
     flipped_choices: int
     choices: int
     native_calls: NativeCalls
+    greedy_ids: tuple[int, ...]
+    steady_greedy_tokens: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Parity:
 
     level: Level
     prompt_tokens: int
+    prompt_ids: tuple[int, ...]
     greedy_tokens: int
     noise: float
     limit: float
@@ -118,18 +124,21 @@ def verify_decoder(
     """
     count = GREEDY_TOKENS[level]
     noise, limit = 0.0, 0.0
+    steady: dict[tuple[int, ...], int] = {}
     paths: list[PathParity] = []
     for path in (["native"] if native else []) + (["bodies"] if level == "full" or not native else []):
         traced = _trace(folder, runtime, graph, case, count, native=path == "native")
         if not paths:
             noise = _noise(case, traced)
             limit = _limit(noise, case.dtype)
-        parity = _compare(path, case, traced, limit)
+        if traced.tokens not in steady:  # both ways mostly generate the same
+            steady[traced.tokens] = steady_tokens(case, traced.ids, traced.tokens)
+        parity = _compare(path, case, traced, limit, steady[traced.tokens])
         if path == "native" and (unused := sorted(native_ops(graph) - parity.native_calls.keys())):
             raise ParityError(f"the native kernels of {', '.join(unused)} never ran although the graph uses them")
         _require_same_untapped(folder, runtime, case, traced, limit, native=path == "native")
         paths.append(parity)
-    return Parity(level, len(case.prompt), count, noise, limit, tuple(paths))
+    return Parity(level, len(case.prompt), case.prompt, count, noise, limit, tuple(paths))
 
 
 @dataclass(frozen=True)
@@ -181,7 +190,7 @@ def _trace(folder: Path, runtime: Runtime, graph: ir.Model, case: Case, count: i
     )
 
 
-def _compare(path: str, case: Case, traced: _Trace, limit: float) -> PathParity:
+def _compare(path: str, case: Case, traced: _Trace, limit: float, steady: int) -> PathParity:
     """PyTorch on the whole sequence at once, following the choices, against the compiled model's prefill and decode."""
     from qsparse_export.guided import Guide
 
@@ -202,6 +211,8 @@ def _compare(path: str, case: Case, traced: _Trace, limit: float) -> PathParity:
         flipped_choices=guide.flips,
         choices=sum(values.size for _, values in traced.choices),
         native_calls=traced.native_calls,
+        greedy_ids=traced.tokens,
+        steady_greedy_tokens=steady,
     )
     not_tied = [row for row in np.flatnonzero(~same) if not _is_tie(theirs[row], limit)]
     if guide.wrong or not parity.relative_logit_error <= limit or not_tied:
@@ -249,13 +260,29 @@ def _limit(noise: float, dtype: str) -> float:
 
 
 def _noise(case: Case, traced: _Trace) -> float:
+<<<<<<< HEAD
     """How far PyTorch's logits move, choices held, when each layer's input moves by what its sums may round."""
+=======
+    """How far PyTorch's logits move, choices held, when each layer's input moves by what its sums may round, and that of
+    each n-bit product by what native kernels may round it."""
     import torch
 
+>>>>>>> quant
     from qsparse_export.guided import Guide
+    from qsparse_export.rounding_noise import ActivationNoise
 
-    def guided_logits() -> np.ndarray:
+<<<<<<< HEAD
+    def logits() -> np.ndarray:
         with Guide(traced.choices, CEILING):
+            return case.judge().logits(traced.ids)
+
+    still = logits()
+    return max(relative_error(moved, still) for moved in nudged(case, logits))
+=======
+    def guided_logits(*noise: ActivationNoise) -> np.ndarray:
+        with contextlib.ExitStack() as modes:
+            for mode in (*noise, Guide(traced.choices, CEILING)):
+                modes.enter_context(mode)
             return case.judge().logits(traced.ids)
 
     ulps = case.config.hidden_size**0.5  # a sum of K terms in random order rounds by about sqrt(K) units
@@ -271,7 +298,7 @@ def _noise(case: Case, traced: _Trace) -> float:
 
         hooks = [layer.register_forward_pre_hook(nudge) for layer in _layers(case.module)]
         try:
-            worst = max(worst, relative_error(guided_logits(), still))
+            worst = max(worst, relative_error(guided_logits(ActivationNoise(random)), still))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -280,6 +307,7 @@ def _noise(case: Case, traced: _Trace) -> float:
 
 def _layers(module: torch.nn.Module) -> Any:
     return module.get_submodule("model.layers")  # Decoder's naming, Hugging Face's too
+>>>>>>> quant
 
 
 def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
@@ -322,7 +350,7 @@ class _LayerOutputs:
         def keep(_module: object, _inputs: object, output: Any) -> None:
             self.seen.append((output[0] if isinstance(output, tuple) else output).numpy())
 
-        self._hooks = [layer.register_forward_hook(keep) for layer in _layers(self._module)]
+        self._hooks = [layer.register_forward_hook(keep) for layer in layers_of(self._module)]
         return self
 
     def __exit__(self, *_: object) -> None:

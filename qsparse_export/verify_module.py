@@ -10,7 +10,8 @@ import numpy as np
 
 from qsparse_export.errors import ParityError
 from qsparse_export.nn.deploy import deploy
-from qsparse_export.verify import CEILING, FLOOR, NOISE_FACTOR, NOISE_RUNS, native_ops
+from qsparse_export.rounding import RUNS
+from qsparse_export.verify import CEILING, FLOOR, NOISE_FACTOR, native_ops
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -76,9 +77,7 @@ def verify_module(
 
         if not paths:
             still = guided(program.example_inputs, Guide(choices, CEILING))
-            moved = [
-                guided(_nudged(program.example_inputs, seed), Guide(choices, CEILING)) for seed in range(NOISE_RUNS)
-            ]
+            moved = [guided(_nudged(program.example_inputs, seed), Guide(choices, CEILING)) for seed in range(RUNS)]
             noise = max(_error(outputs_moved, still) for outputs_moved in moved)
             limit = max(NOISE_FACTOR * noise, FLOOR["float32"])
             if not limit <= CEILING:

@@ -62,13 +62,21 @@ class Runtime(Protocol):
 
     name: str
 
+    def require_target(self, target: Target) -> None:
+        """Raises TargetError when :meth:`compile` could not make native kernels for ``target`` on this machine."""
+        ...
+
     def compile(self, model: ir.Model, target: Target, folder: Path, *, native: bool) -> tuple[str, ...]:
         """Writes what this runtime needs into ``folder``; returns the names of the files written."""
         ...
 
-    def open(self, folder: Path, *, threads: int | None, native: bool, taps: Sequence[str] = ()) -> Session:
+    def open(
+        self, folder: Path, *, threads: int | None, native: bool, taps: Sequence[str] = (), graph: Path | None = None
+    ) -> Session:
         """Opens what :meth:`compile` wrote; ``native=False`` runs the function bodies instead of the kernels.
 
-        ``taps`` are inner values of the graph that are made outputs too, to find where a model diverges.
+        ``taps`` are inner values of the graph that are made outputs too, to see what a model computes on the way.
+        ``graph`` is an altered copy of the graph, anywhere, that is run in its place with the weights of ``folder``.
+        Nothing is written into ``folder``.
         """
         ...

@@ -6,7 +6,19 @@
 
 namespace qsparse_ort {
 
-enum Op { kTopKSparsify, kTernaryMatMul, kSparseTernaryMatMul, kCachedAttention, kGatedActivation, kAddRmsNorm, kOpCount };
+enum Op {
+  kTopKSparsify,
+  kTernaryMatMul,
+  kSparseTernaryMatMul,
+  kSparseMatMul,
+  kSparseMatMulNBits,
+  kDenseMatMulNBits,
+  kGatherNBits,
+  kCachedAttention,
+  kGatedActivation,
+  kAddRmsNorm,
+  kOpCount
+};
 const char* op_name(Op op);
 
 void count_call(Op op, const qsk_variant* variant);

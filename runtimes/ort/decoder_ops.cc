@@ -1,23 +1,13 @@
-#include "decoder_ops.h"
-
+// CachedAttention, GatedActivation and AddRmsNorm for ONNX Runtime: what stands between a layer's products.
 #include <string>
 
-#include "kernel.h"
+#include "op_kernel.h"
 #include "qsk/add_rms_norm.h"
 #include "qsk/cached_attention.h"
 #include "qsk/gated_activation.h"
 
 namespace qsparse_ort {
 namespace {
-
-constexpr ONNXTensorElementDataType kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-constexpr ONNXTensorElementDataType kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-
-int64_t rows_of(const Shape& shape) {
-  int64_t rows = 1;
-  for (size_t i = 0; i + 1 < shape.rank; ++i) rows *= shape.dims[i];
-  return rows;
-}
 
 bool is_same(const Shape& a, const Shape& b) {
   if (a.rank != b.rank) return false;
@@ -122,7 +112,7 @@ struct GatedActivationKernel : Kernel {
     void* y = nullptr;
     QSPARSE_RETURN_IF_ERROR(output_data(api, context, shape, &y));
     const qsk_gated_activation_args args = {kKernelType<Type>, activation, x, static_cast<float*>(y),
-                                            rows_of(shape),    n};
+                                            row_count(shape),    n};
     Pool pool(api, context);
     const int64_t scratch_bytes = qsk_gated_activation_scratch_bytes(&args, pool.parallel());
     const int status =
@@ -159,7 +149,7 @@ struct AddRmsNormKernel : Kernel {
       return error(api, prefix(op) + "weight is " + to_string(weight) + "; expected [" + std::to_string(args.n) + "]");
     }
     args.type = kKernelType<Type>;
-    args.rows = rows_of(shape);
+    args.rows = row_count(shape);
     args.epsilon = epsilon;
     QSPARSE_RETURN_IF_ERROR(output_data(api, context, shape, &args.sum, 0));
     QSPARSE_RETURN_IF_ERROR(output_data(api, context, shape, &args.y, 1));
@@ -194,9 +184,7 @@ struct GatedActivation : Ort::CustomOpBase<GatedActivation<Type>, GatedActivatio
   GatedActivation() {
     this->version = kApiVersion;
     this->InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) -> OrtStatusPtr {
-      int64_t last = -1;
-      QSPARSE_RETURN_IF_ERROR(last_dimension(*inference_api, context, 0, &last));
-      return last < 0 ? nullptr : infer_like(*inference_api, context, {0, 0, last / 2, kFloat});
+      return infer_half_as_wide(*inference_api, context);
     };
   }
   OrtStatusPtr CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const {
@@ -214,8 +202,8 @@ struct AddRmsNorm : Ort::CustomOpBase<AddRmsNorm<Type>, AddRmsNormKernel<Type>, 
   AddRmsNorm() {
     this->version = kApiVersion;
     this->InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) -> OrtStatusPtr {
-      QSPARSE_RETURN_IF_ERROR(infer_like(*inference_api, context, {0, 0, -1}));
-      return infer_like(*inference_api, context, {0, 1, -1});
+      QSPARSE_RETURN_IF_ERROR(infer_same(*inference_api, context, 0));
+      return infer_same(*inference_api, context, 1);
     };
   }
   OrtStatusPtr CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 from qsparse_export.errors import TargetError
 
 LIBRARY_NAME = "libqsparse_ort.so"
+DEVICE_BENCH_NAME = "qsparse-device-bench"
 FORCE_VARIABLE = "QSPARSE_VARIANT"
 
 
@@ -60,6 +62,28 @@ def library_path() -> Path:
             "(pip install .), or run on the function bodies only"
         )
     return path
+
+
+def source_folder() -> Path:
+    """The C++ sources that the library was built from, with ONNX Runtime's headers; TargetError where there are none."""
+    folder = library_path().parent / "source"
+    if not (folder / "CMakeLists.txt").is_file():
+        raise TargetError(f"{folder} with the kernels' sources is missing; install the package again (pip install .)")
+    return folder
+
+
+def device_bench_path() -> Path:
+    """The benchmark program for this machine; TargetError where this installation has none."""
+    path = library_path().parent / DEVICE_BENCH_NAME
+    if not path.is_file():
+        raise TargetError(f"{DEVICE_BENCH_NAME} is not part of this installation; install the package again")
+    return path
+
+
+def needed_glibc(file: Path) -> str:
+    """The newest version of the GNU C library that a program or library asks for, such as "2.34"; empty when none."""
+    asked = re.findall(rb"GLIBC_([0-9]+)\.([0-9]+)", file.read_bytes())
+    return ".".join(map(str, max((int(major), int(minor)) for major, minor in asked))) if asked else ""
 
 
 def open_library(path: Path | str | None = None) -> Library:

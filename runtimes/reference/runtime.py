@@ -28,15 +28,20 @@ class ReferenceRuntime:
 
     name: str = "reference"
 
+    def require_target(self, target: Target) -> None:
+        """See :class:`qsparse_export.runtimes.base.Runtime`; NumPy runs wherever Python does."""
+
     def compile(self, model: ir.Model, target: Target, folder: Path, *, native: bool) -> tuple[str, ...]:
         """See :class:`qsparse_export.runtimes.base.Runtime`; runs on every target that has Python."""
         from qsparse_export.runtimes.graph_file import write_graph
 
         return write_graph(model, folder, GRAPH, WEIGHTS)
 
-    def open(self, folder: Path, *, threads: int | None, native: bool, taps: Sequence[str] = ()) -> ReferenceSession:
+    def open(
+        self, folder: Path, *, threads: int | None, native: bool, taps: Sequence[str] = (), graph: Path | None = None
+    ) -> ReferenceSession:
         """Loads the graph and all weights into memory; ``threads`` is NumPy's own affair and not used."""
-        return ReferenceSession(folder / GRAPH, native=native, taps=taps)
+        return ReferenceSession(graph or folder / GRAPH, folder, native=native, taps=taps)
 
 
 class ReferenceSession:
@@ -44,12 +49,13 @@ class ReferenceSession:
 
     shares_cache = False
 
-    def __init__(self, graph: Path, *, native: bool, taps: Sequence[str]) -> None:
+    def __init__(self, graph: Path, folder: Path, *, native: bool, taps: Sequence[str]) -> None:
         import onnx
         import onnx.inliner
         from onnx.reference import ReferenceEvaluator
 
-        model = onnx.load(graph)
+        model = onnx.load(graph, load_external_data=False)
+        onnx.load_external_data_for_model(model, str(folder))
         known = {value.name: value for value in model.graph.value_info}
         model.graph.output.extend(known[name] for name in taps)
         self._calls: dict[str, int] = {}

@@ -32,14 +32,34 @@ struct HalfKernels {
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 constexpr uint32_t kMagnitudeBits = 0x7fffffffu;
 
+// Where a selection cuts the quantised magnitudes of a row: |q| >= least is kept, but `excess` of those with
+// |q| == least are too many. least = 0: nothing that is not 0 already need go.
+struct QuantizedCut {
+  int32_t least;
+  int64_t excess;
+};
+
+// What is left of a row.
+struct Tally {
+  int32_t sum;     // of q
+  int32_t active;  // q that are not 0
+};
+
 struct QuantizeKernels {
   // The largest bits of |x|, 0 for n = 0. Magnitudes compare like their bits.
   uint32_t (*largest_magnitude)(const float* x, int64_t n);
-  // q = clip(rint(inverse * x)); returns the sum of q. x is finite.
-  int32_t (*quantize)(const float* x, int64_t n, float inverse, int8_t* q);
-  // The positions and values of nonzero q, in order. Returns how many. q can be read and is zero up to the next
-  // multiple of 32 beyond n; both outputs have room for n + 32 elements.
-  int64_t (*compact)(const int8_t* q, int64_t n, int32_t* index, int8_t* value);
+  // q = clip(rint(inverse * x)). x is finite.
+  void (*quantize)(const float* x, int64_t n, float inverse, int8_t* q);
+  // The rest reads q up to the next multiple of 32 beyond n, whatever is there, and no q is -128.
+  // The largest `least` that at least k of the |q| reach, and by how many they are more than k. 0 < k <= n.
+  QuantizedCut (*cut)(const int8_t* q, int64_t n, int64_t k);
+  // The positions where |q| == magnitude > 0, in order. Returns how many.
+  int64_t (*find)(const int8_t* q, int64_t n, int32_t magnitude, int32_t* position);
+  // q = 0 where |q| < least, for least >= 1.
+  Tally (*drop_below)(int8_t* q, int64_t n, int32_t least);
+  // The positions and values where |q| >= least, for least >= 1, in order; q is zero beyond n, and both outputs have
+  // room for n + 32.
+  Tally (*compact)(const int8_t* q, int64_t n, int32_t least, int32_t* index, int8_t* value);
 };
 
 // What a selection keeps: every key above `threshold`, and the first `ties` keys that equal it. A key is the bits of

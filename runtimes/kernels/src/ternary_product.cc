@@ -34,15 +34,14 @@ struct Active {
 
 // Everything that a call needs, cut from the caller's scratch. Per-worker arrays have a fixed stride.
 struct Workspace {
-  float* x;         // [workers, k] rows converted from float16 or masked
+  float* x;         // [workers, k] rows converted from float16 or rescaled
   uint16_t* half;   // [workers, k] a rescaled row, rounded
   uint8_t* select;  // [workers, select_stride]
   int64_t select_stride;
   int8_t* q;  // [m, q_stride]
   int64_t q_stride;
   float* gamma;              // [m]
-  int32_t* q_sum;            // [m]
-  int32_t* active_count;     // [m] q that are not 0, for m > 1
+  Tally* tally;              // [m]
   Active active;             // one row's, or the union's
   Active batch[kBatchRows];  // those of each row of a batch
   int32_t* sums;             // [workers, sums_stride]
@@ -70,6 +69,14 @@ int64_t workers_for(const TernaryProduct& args, const qsk_parallel* parallel) {
   return min_of(worker_count(parallel), max_of(1, weight_bytes / kBytesPerWorker * max_of(1, args.m)));
 }
 
+// Scratch of one row's selection.
+int64_t selection_bytes(const TernaryProduct& args) {
+  if (args.selection == nullptr) return 0;
+  const Selection& selection = *args.selection;
+  return round_up(selection.rescale_l2 ? select_bytes(selection, args.k) : quantize_selected_bytes(selection, args.k),
+                  64);
+}
+
 int64_t sums_per_row(const TernaryProduct& args) { return round_up(args.row_bytes, kGemmTileBytes) * 4; }
 
 Workspace lay_out(const TernaryProduct& args, int64_t workers, void* base) {
@@ -78,14 +85,14 @@ Workspace lay_out(const TernaryProduct& args, int64_t workers, void* base) {
   const bool half = args.type == QSK_FLOAT16;
   const int64_t padded_outputs = sums_per_row(args);
   work.q_stride = round_up(args.k + kSlack, 64);
-  work.x = scratch.take<float>(half || args.selection ? workers * args.k : 0);
-  work.half = scratch.take<uint16_t>(half && args.selection ? workers * args.k : 0);
-  work.select_stride = args.selection ? round_up(select_bytes(*args.selection, args.k), 64) : 0;
+  const bool rescales = args.selection != nullptr && args.selection->rescale_l2;
+  work.x = scratch.take<float>(half || rescales ? workers * args.k : 0);
+  work.half = scratch.take<uint16_t>(half && rescales ? workers * args.k : 0);
+  work.select_stride = selection_bytes(args);
   work.select = scratch.take<uint8_t>(workers * work.select_stride);
   work.q = scratch.take<int8_t>(args.m * work.q_stride);
   work.gamma = scratch.take<float>(args.m);
-  work.q_sum = scratch.take<int32_t>(args.m);
-  work.active_count = scratch.take<int32_t>(args.m);
+  work.tally = scratch.take<Tally>(args.m);
   work.active.index = scratch.take<int32_t>(args.k + kSlack);
   work.active.value = scratch.take<int8_t>(args.k + kSlack);
   const bool several = args.m > 1;
@@ -105,39 +112,34 @@ Workspace lay_out(const TernaryProduct& args, int64_t workers, void* base) {
   return work;
 }
 
-// The row as float32, masked where the product has a selection, and exactly as the op TopKSparsify would hand it on.
-const float* prepare(const Call& call, int64_t row, int64_t worker) {
+// A rescaled row as float32, exactly as the op TopKSparsify would hand it on.
+void rescale(const Call& call, const float* x, void* select, uint16_t* rounded, float* y) {
+  const int64_t k = call.args.k;
+  sparsify_row(*call.variant.topk, *call.args.selection, x, k, select, y);
+  if (call.args.type != QSK_FLOAT16) return;
+  call.variant.half->from_float(y, k, rounded);
+  call.variant.half->to_float(rounded, k, y);
+}
+
+QuantizedRow quantize(const Call& call, int64_t row, int64_t worker) {
   const TernaryProduct& args = call.args;
-  const bool half = args.type == QSK_FLOAT16;
+  const QuantizeKernels& kernels = *call.variant.quantize;
+  int8_t* q = call.work.q + row * call.work.q_stride;
+  memset(q + args.k, 0, call.work.q_stride - args.k);
   float* own = call.work.x + worker * args.k;
   const float* x = own;
-  if (half) {
+  if (args.type == QSK_FLOAT16) {
     call.variant.half->to_float(static_cast<const uint16_t*>(args.x) + row * args.k, args.k, own);
   } else {
     x = static_cast<const float*>(args.x) + row * args.k;
   }
-  if (args.selection == nullptr) return x;
+  if (args.selection == nullptr) return {quantize_row(kernels, x, args.k, q), 1};
   uint8_t* select = call.work.select + worker * call.work.select_stride;
-  sparsify_row(*call.variant.topk, *args.selection, x, args.k, select, own);
-  if (half && args.selection->rescale_l2) {  // what is only masked is a half already
-    uint16_t* rounded = call.work.half + worker * args.k;
-    call.variant.half->from_float(own, args.k, rounded);
-    call.variant.half->to_float(rounded, args.k, own);
+  if (args.selection->rescale_l2) {
+    rescale(call, x, select, call.work.half + worker * args.k, own);
+    return {quantize_row(kernels, own, args.k, q), 1};
   }
-  return own;
-}
-
-void quantize(const Call& call, int64_t row, int64_t worker) {
-  const TernaryProduct& args = call.args;
-  int8_t* q = call.work.q + row * call.work.q_stride;
-  const float* x = prepare(call, row, worker);
-  call.work.gamma[row] = quantize_row(*call.variant.quantize, x, args.k, q, &call.work.q_sum[row]);
-  memset(q + args.k, 0, call.work.q_stride - args.k);
-  if (args.m > 1) {
-    int32_t count = 0;
-    for (int64_t c = 0; c < args.k; ++c) count += q[c] != 0;
-    call.work.active_count[row] = count;
-  }
+  return quantize_selected_row(kernels, *call.variant.topk, *args.selection, x, args.k, select, q);
 }
 
 // The sums of one row: those of the padded output `begin`, a multiple of kGemmTileOutputs, start at `offset` of each
@@ -153,7 +155,7 @@ struct Sums {
 void descale(const Call& call, const Sums& sums, int64_t row, int64_t from, int64_t to, float scale, float* out) {
   const TernaryKernels& kernels = *call.variant.ternary;
   const float factor = (call.work.gamma[row] / 127.0f) * scale;
-  const int32_t q_sum = call.work.q_sum[row];
+  const int32_t q_sum = call.work.tally[row].sum;
   const int64_t odd = (from - sums.begin) % kGemmTileOutputs;
   const int64_t start = sums.offset - sums.begin;
   if (odd != 0) {  // a matrix that starts within a block of sums
@@ -231,7 +233,10 @@ void finish_rows(const Call& call, int64_t workers, int64_t first, int64_t count
 void multiply_row(const Call& call) {
   const Workspace& work = call.work;
   Active active = work.active;
-  active.count = call.variant.quantize->compact(work.q, call.args.k, active.index, active.value);
+  const QuantizedRow row = quantize(call, 0, 0);
+  work.gamma[0] = row.gamma;
+  work.tally[0] = call.variant.quantize->compact(work.q, call.args.k, row.least, active.index, active.value);
+  active.count = work.tally[0].active;
 
   const int64_t workers = min_of(call.workers, max_of(1, active.count * call.row_bytes / kBytesPerWorker));
   const int64_t piece_channels = workers == 1 ? round_up(max_of(1, active.count), kGemvRows)
@@ -284,7 +289,7 @@ void close_gaps(const Call& call, const Active& active, int64_t row) {
 // Whether each row on its own, skipping what is inactive in it, costs less than the GEMM over `any`, the union.
 bool skips(const Call& call, const Active& any) {
   int64_t active = 0;
-  for (int64_t row = 0; row < call.args.m; ++row) active += call.work.active_count[row];
+  for (int64_t row = 0; row < call.args.m; ++row) active += call.work.tally[row].active;
   const GemmCost& cost = call.variant.ternary->gemm_cost;
   const float gemm = static_cast<float>(any.count) * (cost.unpack + cost.multiply * static_cast<float>(call.args.m));
   return static_cast<float>(active) <= gemm;
@@ -344,7 +349,7 @@ void multiply_batches(const Call& call, const Active& any) {
     for (int64_t row = 0; row < rows; ++row) {
       Active& active = batch[row] = work.batch[row];
       const int8_t* q = work.q + (first + row) * work.q_stride;
-      active.count = call.variant.quantize->compact(q, k, active.index, active.value);
+      active.count = call.variant.quantize->compact(q, k, 1, active.index, active.value).active;
     }
     Pieces pieces(ceil_div(k, piece_channels));
     memset(work.is_filled, 0, max_of(1, workers) * sizeof *work.is_filled);
@@ -425,15 +430,19 @@ int ternary_product(const qsk_variant& variant, const TernaryProduct& product, c
   if (scratch_bytes < work.bytes) return QSK_SCRATCH_TOO_SMALL;
   const Call call = {variant, product, parallel, workers, product.row_bytes, sums_per_row(product), work};
 
-  Pieces rows(m);
-  auto quantize_rows = [&](int64_t worker) {
-    for (int64_t row = rows.take(); row >= 0; row = rows.take()) quantize(call, row, worker);
-  };
-  run_workers(parallel, m * product.k < kQuantizePiece ? 1 : min_of(workers, m), quantize_rows);
   if (m == 1) {
     multiply_row(call);
     return QSK_OK;
   }
+  Pieces rows(m);
+  auto quantize_rows = [&](int64_t worker) {
+    for (int64_t row = rows.take(); row >= 0; row = rows.take()) {
+      const QuantizedRow quantized = quantize(call, row, worker);
+      work.gamma[row] = quantized.gamma;
+      work.tally[row] = variant.quantize->drop_below(work.q + row * work.q_stride, product.k, quantized.least);
+    }
+  };
+  run_workers(parallel, m * product.k < kQuantizePiece ? 1 : min_of(workers, m), quantize_rows);
   const Active any = unite(call);
   if (skips(call, any)) {
     multiply_batches(call, any);

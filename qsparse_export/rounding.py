@@ -1,0 +1,54 @@
+"""Provokes rounding in a PyTorch decoder: what it moves in the logits, and which greedy tokens it leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from qsparse_export.verify import Case
+
+RUNS = 3
+
+
+def nudged(case: Case, logits: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
+    """What ``logits`` gives while each layer's input is moved by what its sums may round: ``RUNS`` times."""
+    import torch
+
+    ulps = case.config.hidden_size**0.5  # a sum of K terms in random order rounds by about sqrt(K) units
+    for seed in range(RUNS):
+        random = torch.Generator().manual_seed(seed)
+
+        def nudge(_: object, inputs: tuple[Any, ...], random: torch.Generator = random) -> tuple[Any, ...]:
+            x = inputs[0]
+            directions = torch.rand(x.shape, generator=random) * 2 - 1
+            return ((x * (1 + directions * ulps * torch.finfo(x.dtype).eps)).to(x.dtype), *inputs[1:])
+
+        hooks = [layer.register_forward_pre_hook(nudge) for layer in layers_of(case.module)]
+        try:
+            yield logits()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def steady_tokens(case: Case, ids: tuple[int, ...], tokens: tuple[int, ...]) -> int:
+    """How many of the first greedy ``tokens`` PyTorch chooses in every nudged run too.
+
+    ``ids`` are the prompt and all tokens but the last. Choices (top-k masks, int8 roundings) flip as rounding makes them,
+    as they would on another processor; another correct runtime should give these tokens again.
+    """
+    first = len(case.prompt) - 1
+    steady = np.ones(len(tokens), bool)
+    for logits in nudged(case, lambda: case.judge().logits(ids)):
+        steady &= logits[first:].argmax(axis=-1) == np.array(tokens)
+    return len(tokens) if steady.all() else int(np.argmin(steady))
+
+
+def layers_of(module: torch.nn.Module) -> Any:
+    """The decoder layers of a module with our Decoder's naming, which is Hugging Face's too."""
+    return module.get_submodule("model.layers")

@@ -1,0 +1,73 @@
+"""The native files of a bundle: the installed ones for machines of this kind, cross-compiled ones for others."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qsparse_export.errors import TargetError
+from qsparse_export.runtimes.ort import cross_build, library
+from qsparse_export.targets.detect import host
+
+if TYPE_CHECKING:
+    from qsparse_export.targets.target import Target
+
+
+def is_installed(target: Target) -> bool:
+    """Whether what this installation holds runs on ``target``: one library serves every processor of an architecture."""
+    here = host()
+    return (target.arch, target.system) == (here.arch, here.system)
+
+
+def require_target(target: Target) -> None:
+    """Raises TargetError when the library for ``target`` cannot be had on this machine, or lacks ops that it names."""
+    if not is_installed(target):
+        cross_build.require_tools(target.name, target.triple, target.system)
+    known = frozenset(library.open_library().ops)  # whatever it is built for, the sources are the same
+    if unknown := sorted(target.native_ops - known):
+        raise TargetError(
+            f"target {target.name} names the native ops {', '.join(unknown)}, which the kernel library lacks; "
+            f"it has {', '.join(sorted(known))}"
+        )
+
+
+def add_library(target: Target, folder: Path) -> str:
+    """Copies the kernel library for ``target`` into ``folder``, building it first where it must; returns its name."""
+    return _add(library.library_path() if is_installed(target) else _built(target, "library"), folder)
+
+
+def add_device_bench(target: Target, folder: Path) -> str:
+    """Copies the benchmark program for ``target`` into ``folder``, as :func:`add_library`; returns its name."""
+    return _add(library.device_bench_path() if is_installed(target) else _built(target, "device-bench"), folder)
+
+
+def installed_record() -> dict[str, Any]:
+    """What the installed library is: its triple, its sources, the C library that it needs, and what compiled it."""
+    return _record(library.library_path(), host().triple, "installed with the package")
+
+
+def record(target: Target) -> dict[str, Any]:
+    """The same of the library in a bundle for ``target``."""
+    if is_installed(target):
+        return installed_record()
+    tools = cross_build.require_tools(target.name, target.triple, target.system)
+    return _record(_built(target, "library"), target.triple, tools.compiler_version)
+
+
+def _record(file: Path, triple: str, compiler: str) -> dict[str, Any]:
+    return {
+        "triple": triple,
+        "sources_sha256": cross_build.sources_sha256(),
+        "needs_glibc": library.needed_glibc(file),
+        "compiler": compiler,
+    }
+
+
+def _built(target: Target, product: cross_build.Product) -> Path:
+    return cross_build.build(target.name, target.triple, target.system, product)
+
+
+def _add(file: Path, folder: Path) -> str:
+    shutil.copy2(file, folder / file.name)
+    return file.name

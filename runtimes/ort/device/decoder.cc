@@ -1,0 +1,110 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace qsparse_device {
+namespace {
+
+constexpr char kPast[] = "past_key_values.";
+constexpr char kPresent[] = "present.";
+
+float from_half(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  const uint32_t exponent = half >> 10 & 0x1f, mantissa = half & 0x3ff;
+  if (exponent == 0) {  // zero and subnormal: mantissa * 2^-24
+    return std::copysign(static_cast<float>(mantissa) * 0x1p-24f, sign ? -1.0f : 1.0f);
+  }
+  const uint32_t bits =
+      sign | (exponent == 31 ? 0x7f800000u : exponent + 112 << 23) | mantissa << 13;  // 112: 127 - 15, the biases
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <typename At>
+int64_t argmax(int64_t count, At at) {
+  int64_t best = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = at(i);
+    if (std::isnan(value)) throw std::runtime_error("the model computed NaN logits");
+    if (value > at(best)) best = i;
+  }
+  return best;
+}
+
+}  // namespace
+
+Decoder::Decoder(const OnnxRuntime& runtime, Session& session) : runtime_(runtime), session_(session) {
+  const std::vector<std::string>& outputs = session.outputs();
+  const auto position_of = [&](const std::string& name) {
+    const auto found = std::find(outputs.begin(), outputs.end(), name);
+    if (found == outputs.end()) throw std::runtime_error("the graph has no output " + name + ": it is no decoder");
+    return static_cast<size_t>(found - outputs.begin());
+  };
+  if (session.inputs().count("input_ids") == 0) {
+    throw std::runtime_error("the graph has no input input_ids: it is no decoder");
+  }
+  logits_ = position_of("logits");
+  for (const auto& [name, input] : session.inputs()) {
+    if (name.rfind(kPast, 0) != 0) continue;
+    if (input.shape.size() != 4 || input.shape[1] < 1 || input.shape[3] < 1) {
+      throw std::runtime_error(name + " is not [batch, heads, past, head_dim] with known heads and head_dim");
+    }
+    caches_.emplace_back(name, position_of(kPresent + name.substr(sizeof kPast - 1)));
+  }
+  reset();
+}
+
+void Decoder::reset() {
+  past_.clear();
+  position_ = 0;
+  for (const auto& [name, output] : caches_) {
+    const Input& input = session_.inputs().at(name);
+    past_.push_back(Tensor::empty(runtime_, {1, input.shape[1], 0, input.shape[3]}, input.type));
+  }
+}
+
+int64_t Decoder::step(const std::vector<int64_t>& ids) {
+  const auto count = static_cast<int64_t>(ids.size());
+  std::vector<int64_t> positions(ids.size());
+  for (int64_t i = 0; i < count; ++i) positions[static_cast<size_t>(i)] = position_ + i;
+  const std::vector<int64_t> ones(static_cast<size_t>(position_ + count), 1);
+  const Tensor input_ids = Tensor::of(runtime_, {1, count}, ids);
+  const Tensor position_ids = Tensor::of(runtime_, {1, count}, positions);
+  const Tensor mask = Tensor::of(runtime_, {1, position_ + count}, ones);
+  std::vector<std::pair<std::string, const Tensor*>> feeds = {{"input_ids", &input_ids}};
+  if (session_.inputs().count("position_ids")) feeds.emplace_back("position_ids", &position_ids);
+  if (session_.inputs().count("attention_mask")) feeds.emplace_back("attention_mask", &mask);
+  for (size_t i = 0; i < caches_.size(); ++i) feeds.emplace_back(caches_[i].first, &past_[i]);
+  std::vector<Tensor> outputs = session_.run(feeds);
+  for (size_t i = 0; i < caches_.size(); ++i) past_[i] = std::move(outputs[caches_[i].second]);
+  position_ += count;
+  const Tensor& logits = outputs[logits_];
+  const std::vector<int64_t> shape = logits.shape();
+  const int64_t vocabulary = shape.back(), last = (shape[shape.size() - 2] - 1) * vocabulary;
+  if (logits.type() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+    const float* row = static_cast<const float*>(logits.data()) + last;
+    return argmax(vocabulary, [&](int64_t i) { return row[i]; });
+  }
+  if (logits.type() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16) {
+    const uint16_t* row = static_cast<const uint16_t*>(logits.data()) + last;
+    return argmax(vocabulary, [&](int64_t i) { return from_half(row[i]); });
+  }
+  throw std::runtime_error("the logits are neither float32 nor float16");
+}
+
+std::vector<int64_t> Decoder::generate(const std::vector<int64_t>& prompt, int64_t count) {
+  reset();
+  std::vector<int64_t> tokens;
+  std::vector<int64_t> feed = prompt;
+  while (static_cast<int64_t>(tokens.size()) < count) {
+    tokens.push_back(step(feed));
+    feed = {tokens.back()};
+  }
+  return tokens;
+}
+
+}  // namespace qsparse_device

@@ -1,0 +1,37 @@
+// The loop of a decoder: tokens in, the most likely next token out, the KV cache fed back without a copy.
+#ifndef QSPARSE_DEVICE_DECODER_H_
+#define QSPARSE_DEVICE_DECODER_H_
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "onnxruntime.h"
+
+namespace qsparse_device {
+
+class Decoder {
+ public:
+  // Throws std::runtime_error when the graph's inputs are not those of a decoder (docs/bundle.md).
+  Decoder(const OnnxRuntime& runtime, Session& session);
+  // Forgets every token.
+  void reset();
+  // Appends `ids` to the sequence; the index of the largest logit after the last one, the lowest on ties.
+  // Throws std::runtime_error when a logit is NaN.
+  int64_t step(const std::vector<int64_t>& ids);
+  // `count` greedy tokens after `prompt`, from an empty cache.
+  std::vector<int64_t> generate(const std::vector<int64_t>& prompt, int64_t count);
+
+ private:
+  const OnnxRuntime& runtime_;
+  Session& session_;
+  size_t logits_ = 0;
+  std::vector<std::pair<std::string, size_t>> caches_;  // input, and the output that replaces it
+  std::vector<Tensor> past_;                            // in the order of caches_
+  int64_t position_ = 0;
+};
+
+}  // namespace qsparse_device
+
+#endif  // QSPARSE_DEVICE_DECODER_H_

@@ -1,0 +1,78 @@
+// ONNX Runtime through its C API, loaded at run time: one session, tensors that free themselves.
+#ifndef QSPARSE_DEVICE_ONNXRUNTIME_H_
+#define QSPARSE_DEVICE_ONNXRUNTIME_H_
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "onnxruntime_c_api.h"
+
+namespace qsparse_device {
+
+class OnnxRuntime {
+ public:
+  // `path`: the shared library, or empty for the system's own. Throws std::runtime_error where it cannot be loaded.
+  explicit OnnxRuntime(const std::string& path);
+  const OrtApi& api() const { return *api_; }
+  const std::string& version() const { return version_; }
+  // Throws std::runtime_error with the message of a status that is not null.
+  void require(OrtStatus* status, const std::string& what) const;
+
+ private:
+  const OrtApi* api_ = nullptr;
+  std::string version_;
+};
+
+// A tensor in memory that ONNX Runtime owns or that lies beside it; movable, freed once.
+class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(const OnnxRuntime& runtime, OrtValue* value) : runtime_(&runtime), value_(value) {}
+  Tensor(Tensor&& other) noexcept { *this = std::move(other); }
+  Tensor& operator=(Tensor&& other) noexcept;
+  ~Tensor();
+  static Tensor of(const OnnxRuntime& runtime, const std::vector<int64_t>& shape, const std::vector<int64_t>& values);
+  static Tensor empty(const OnnxRuntime& runtime, const std::vector<int64_t>& shape, ONNXTensorElementDataType type);
+  OrtValue* value() const { return value_; }
+  std::vector<int64_t> shape() const;
+  ONNXTensorElementDataType type() const;
+  void* data() const;
+
+ private:
+  const OnnxRuntime* runtime_ = nullptr;
+  OrtValue* value_ = nullptr;
+};
+
+// What a graph says of one input: its type, and its shape with -1 where it is free.
+struct Input {
+  ONNXTensorElementDataType type;
+  std::vector<int64_t> shape;
+};
+
+class Session {
+ public:
+  // `kernels`: path of the custom-op library, or empty to run the function bodies. `threads`: 0 for all cores.
+  Session(const OnnxRuntime& runtime, const std::string& graph, const std::string& kernels, int threads);
+  ~Session();
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+  const std::map<std::string, Input>& inputs() const { return inputs_; }
+  const std::vector<std::string>& outputs() const { return outputs_; }
+  // Runs once; the outputs come in the order of outputs().
+  std::vector<Tensor> run(const std::vector<std::pair<std::string, const Tensor*>>& feeds);
+
+ private:
+  void read_signature();
+  const OnnxRuntime& runtime_;
+  OrtEnv* env_ = nullptr;
+  OrtSession* session_ = nullptr;
+  std::map<std::string, Input> inputs_;
+  std::vector<std::string> outputs_;
+};
+
+}  // namespace qsparse_device
+
+#endif  // QSPARSE_DEVICE_ONNXRUNTIME_H_

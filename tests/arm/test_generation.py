@@ -1,0 +1,111 @@
+"""ARM for real, emulated: ONNX Runtime's own library loads ours, and trained models generate the tokens that they do here."""
+
+import json
+import shutil
+
+import pytest
+
+from qsparse_export.generate import DecoderShape, Generator
+from qsparse_export.runtimes import get_runtime
+from qsparse_export.runtimes.ort.library import DEVICE_BENCH_NAME, LIBRARY_NAME
+
+VARIANTS = {"cortex-a53": "neon", "cortex-a72": "neon", "cortex-a76": "neondot"}
+OPS = {"qsparse": "TopKSparsify", "bitnet": "SparseTernaryMatMul"}
+PROMPT = (3, 5, 7, 9)
+TOKENS = 24
+
+
+def here(bundle, native):
+    """The tokens on this machine, with its own build of the kernels or on the function bodies."""
+    session = get_runtime("ort").open(bundle.path, threads=1, native=native)
+    model = bundle.manifest["model"]
+    limits = (model["max_positions"], tuple(model["eos_token_ids"]))
+    shape = DecoderShape(model["vocab_size"], model["kv_heads"], model["head_dim"], *limits, bundle.manifest["dtype"])
+    result = Generator(session, shape).generate(PROMPT, TOKENS, stop_at_eos=False)
+    assert bool(result.native_calls) == native
+    return list(result.tokens)
+
+
+@pytest.mark.parametrize("cpu", VARIANTS)
+@pytest.mark.parametrize("name", OPS)
+def test_same_tokens_as_on_this_machine(bundle, emulator, onnxruntime, name, cpu):
+    made, processor = bundle(name), emulator(cpu)
+    expected = here(made, native=True)
+    assert len(set(expected)) > TOKENS // 2  # a model that repeats one token proves little
+    for mode in ("native", "bodies"):
+        words = ("--ids", ",".join(map(str, PROMPT)), "-n", TOKENS, "-t", 1, "--modes", mode)
+        result = processor.run(made.path / DEVICE_BENCH_NAME, *words, "--onnxruntime", onnxruntime, made.path)
+        assert result.exit_code == 0, result.said
+        assert result.printed["tokens"] == expected
+        calls = result.printed["native_calls"]
+        assert calls == ({OPS[name]: {VARIANTS[cpu]: calls[OPS[name]][VARIANTS[cpu]]}} if mode == "native" else {})
+    assert here(made, native=False) == expected
+
+
+def test_every_variant_generates_the_same_tokens(bundle, emulator, onnxruntime):
+    made, processor = bundle("bitnet"), emulator("cortex-a76")
+    words = ("--ids", "3,5,7", "-n", 8, "-t", 1, "--modes", "native", "--onnxruntime", onnxruntime, made.path)
+    tokens = set()
+    for variant in ("generic", "neon", "neondot"):
+        result = processor.run(made.path / DEVICE_BENCH_NAME, *words, variant=variant)
+        assert list(result.printed["native_calls"]["SparseTernaryMatMul"]) == [variant]
+        tokens.add(tuple(result.printed["tokens"]))
+    assert len(tokens) == 1
+
+
+def test_a_variant_that_the_processor_lacks_is_refused(bundle, emulator, onnxruntime):
+    made = bundle("bitnet")
+    words = ("--ids", "3", "-n", 1, "--modes", "native", "--onnxruntime", onnxruntime, made.path)
+    result = emulator("cortex-a53").run(made.path / DEVICE_BENCH_NAME, *words, variant="neondot")
+    assert result.exit_code == 1
+    assert "QSPARSE_VARIANT=neondot cannot run on this machine; supported here: generic neon" in result.said
+
+
+@pytest.mark.parametrize("cpu", VARIANTS)
+def test_the_bench_checks_the_recorded_tokens_and_reports(bundle, emulator, onnxruntime, cpu):
+    made = bundle("bitnet")
+    words = ("-p", 16, "-n", 4, "-r", 2, "-t", 1, "--onnxruntime", onnxruntime, made.path)
+    result = emulator(cpu).run(made.path / DEVICE_BENCH_NAME, *words)
+    assert result.exit_code == 0, result.said
+    report = result.printed
+    assert [(row["test"], row["mode"], row["threads"]) for row in report["rows"]] == [
+        ("pp16", "native", 1),
+        ("tg4", "native", 1),
+        ("pp16", "bodies", 1),
+        ("tg4", "bodies", 1),
+    ]
+    for row in report["rows"]:
+        assert row["tokens_per_s_mean"] > 0 and row["p90_ms"] >= row["p50_ms"] > 0
+    assert report["checked_tokens"] == {mode: {"steady": 32, "agree": 32, "of": 32} for mode in ("native", "bodies")}
+    assert list(report["variants"]["SparseTernaryMatMul"]) == [VARIANTS[cpu]]
+    assert report["machine"]["arch"] == "aarch64"
+    assert ("asimddp" in report["machine"]["features"]) == (cpu == "cortex-a76")
+    assert report["peak_rss_bytes"] > made.manifest["files"]["model.onnx.data"]["bytes"]
+    assert report["density"]["down_proj"] == pytest.approx(0.4, abs=0.01)
+    assert report["target"]["name"] == "arm64"
+
+
+def test_other_tokens_than_recorded_are_noticed_before_anything_is_timed(bundle, emulator, onnxruntime, tmp_path):
+    copy = tmp_path / "altered"
+    shutil.copytree(bundle("bitnet").path, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["parity"]["paths"][1]["greedy_ids"][5] += 1
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    words = ("-p", 0, "-n", 1, "-r", 1, "-t", 1, "--onnxruntime", onnxruntime, copy)
+    result = emulator("cortex-a76").run(copy / DEVICE_BENCH_NAME, *words)
+    assert result.exit_code == 1
+    assert result.printed == ""
+    assert "the bodies path generates other tokens than at export" in result.said
+    assert "1 threads" not in result.said  # nothing was timed, not even the path that was right
+
+
+def test_a_library_for_another_machine_is_refused(bundle, emulator, onnxruntime, tmp_path):
+    from qsparse_export.runtimes.ort.library import library_path
+
+    copy = tmp_path / "wrong"
+    shutil.copytree(bundle("bitnet").path, copy)
+    shutil.copyfile(library_path(), copy / LIBRARY_NAME)
+    words = ("--ids", 1, "-n", 1, "--onnxruntime", onnxruntime, copy)
+    result = emulator("cortex-a76").run(copy / DEVICE_BENCH_NAME, *words)
+    assert result.exit_code == 1
+    assert "the kernel library cannot be loaded" in result.said
