@@ -8,7 +8,6 @@ itself. See docs/adr/parity-follows-the-choices.md.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -260,54 +259,16 @@ def _limit(noise: float, dtype: str) -> float:
 
 
 def _noise(case: Case, traced: _Trace) -> float:
-<<<<<<< HEAD
-    """How far PyTorch's logits move, choices held, when each layer's input moves by what its sums may round."""
-=======
     """How far PyTorch's logits move, choices held, when each layer's input moves by what its sums may round, and that of
     each n-bit product by what native kernels may round it."""
-    import torch
-
->>>>>>> quant
     from qsparse_export.guided import Guide
-    from qsparse_export.rounding_noise import ActivationNoise
 
-<<<<<<< HEAD
     def logits() -> np.ndarray:
         with Guide(traced.choices, CEILING):
             return case.judge().logits(traced.ids)
 
     still = logits()
     return max(relative_error(moved, still) for moved in nudged(case, logits))
-=======
-    def guided_logits(*noise: ActivationNoise) -> np.ndarray:
-        with contextlib.ExitStack() as modes:
-            for mode in (*noise, Guide(traced.choices, CEILING)):
-                modes.enter_context(mode)
-            return case.judge().logits(traced.ids)
-
-    ulps = case.config.hidden_size**0.5  # a sum of K terms in random order rounds by about sqrt(K) units
-    still = guided_logits()
-    worst = 0.0
-    for seed in range(NOISE_RUNS):
-        random = torch.Generator().manual_seed(seed)
-
-        def nudge(_: object, inputs: tuple[Any, ...], random: torch.Generator = random) -> tuple[Any, ...]:
-            x = inputs[0]
-            directions = torch.rand(x.shape, generator=random) * 2 - 1
-            return ((x * (1 + directions * ulps * torch.finfo(x.dtype).eps)).to(x.dtype), *inputs[1:])
-
-        hooks = [layer.register_forward_pre_hook(nudge) for layer in _layers(case.module)]
-        try:
-            worst = max(worst, relative_error(guided_logits(ActivationNoise(random)), still))
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return worst
-
-
-def _layers(module: torch.nn.Module) -> Any:
-    return module.get_submodule("model.layers")  # Decoder's naming, Hugging Face's too
->>>>>>> quant
 
 
 def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
