@@ -16,7 +16,8 @@ std::atomic<int64_t> calls[kOpCount][kMostVariants];
 const char* op_name(Op op) {
   static const char* const names[kOpCount] = {"TopKSparsify", "TernaryMatMul",     "SparseTernaryMatMul",
                                               "SparseMatMul", "SparseMatMulNBits", "DenseMatMulNBits",
-                                              "GatherNBits"};
+                                              "GatherNBits",  "CachedAttention",   "GatedActivation",
+                                              "AddRmsNorm"};
   return names[op];
 }
 
