@@ -164,6 +164,7 @@ def _export_decoder(
     manifest |= {
         "dtype": chosen.dtype,
         "model": config.to_dict(),
+        "head": options.head or ("int8" if chosen.formats.head else "keep"),
         "sparsity": sparsity_table(config),
         "quantization": quantization_table(chosen.formats, source) if chosen.is_quantized else None,
     }

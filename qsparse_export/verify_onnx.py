@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from qsparse_export.errors import ParityError
-from qsparse_export.verify import CEILING, FLOOR, NOISE_FACTOR, NOISE_RUNS, native_ops
+from qsparse_export.rounding import RUNS
+from qsparse_export.verify import CEILING, FLOOR, NOISE_FACTOR, native_ops
 from qsparse_export.verify_module import ModulePathParity
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def _noise(
     """How far rounding moves the original: without ONNX Runtime's optimiser, and with inputs one unit off in the last place."""
     wanted = {name: still[name] for name in names}
     errors = [_error(judge.follow(feeds, guides, optimise=False), still, wanted)]
-    for seed in range(NOISE_RUNS):
+    for seed in range(RUNS):
         random = np.random.default_rng(seed)
         nudged = {
             name: (x * (1 + random.choice((-1, 1), x.shape) * np.finfo(x.dtype).eps)).astype(x.dtype)
