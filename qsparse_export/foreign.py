@@ -34,7 +34,7 @@ def export_onnx(
     from qsparse_export.api import manifest_of
     from qsparse_export.compile import compile_graph, verification_record
     from qsparse_export.lower import lower
-    from qsparse_export.passes.pipelines import FOREIGN
+    from qsparse_export.passes.pipelines import foreign_pipeline_for
     from qsparse_export.verify_onnx import verify_onnx
 
     if options.weights != "keep":
@@ -47,7 +47,8 @@ def export_onnx(
     tell("export")
     graph = file.read()
     tell("lower")
-    pipeline = lower(graph, options.pipeline, FOREIGN, options.on_pass)
+    native_ops = target.native_ops if target.runs_native(options.portable) else frozenset()
+    pipeline = lower(graph, options.pipeline, foreign_pipeline_for(native_ops), options.on_pass)
     tell("compile")
     compile_graph(graph, target, runtime, folder, native=not options.portable)
     manifest = manifest_of("module", model, target, runtime, options, pipeline) | {"unfused": unfused(graph)}

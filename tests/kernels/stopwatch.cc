@@ -8,11 +8,19 @@
 //   select    selection, quantiser and the list of active channels alone, for one row (M times over)
 //   quantise  the same without a selection
 // Every call of a part takes the next of COPIES weight matrices (1: weights stay in the cache). The parts take turns,
-// CALLS times; printed are the least and the median of each in microseconds, and the median's share of the first part.
+// CALLS times; printed are the least and the median of each in microseconds, the median's share of the first part, and
+// on Linux, where the counter may be read, the least cycles of the calling thread and the products per cycle: figures
+// that neither the clock nor, much, other processes change.
 // With one part and one copy it is also a subject for counters: perf stat, valgrind --tool=callgrind, qemu's plugins.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#if defined(__linux__)
+#include <linux/perf_event.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <chrono>
@@ -106,10 +114,36 @@ class Bytes {
   void* base_ = nullptr;
 };
 
+// This thread's cycles in user mode.
+class Cycles {
+ public:
+#if defined(__linux__)
+  Cycles() {
+    perf_event_attr attributes = {};
+    attributes.type = PERF_TYPE_HARDWARE;
+    attributes.size = sizeof attributes;
+    attributes.config = PERF_COUNT_HW_CPU_CYCLES;
+    attributes.exclude_kernel = 1;
+    attributes.exclude_hv = 1;
+    file_ = static_cast<int>(syscall(SYS_perf_event_open, &attributes, 0, -1, -1, 0));
+  }
+  int64_t read() const {
+    int64_t count = 0;
+    return file_ >= 0 && ::read(file_, &count, sizeof count) == sizeof count ? count : 0;
+  }
+
+ private:
+  int file_;
+#else
+  int64_t read() const { return 0; }
+#endif
+};
+
 struct Part {
   std::string name;
   std::function<void(int64_t call)> run;
   std::vector<double> us;
+  int64_t least_cycles = INT64_MAX;
 };
 
 // Random ternary codes: every byte's code 3 made 2.
@@ -190,31 +224,39 @@ int main(int argc, char** argv) {
   for (size_t begin = 0, end; (end = list.find(',', begin)) != std::string::npos; begin = end + 1) {
     const std::string name = list.substr(begin, end - begin);
     if (name == "whole") {
-      parts.push_back({name, [&](int64_t call) { product(call, x, kept); }, {}});
+      parts.push_back({name, [&](int64_t call) { product(call, x, kept); }, {}, INT64_MAX});
     } else if (name == "natural") {
-      parts.push_back({name, [&](int64_t call) { product(call, sparse_x, k); }, {}});
+      parts.push_back({name, [&](int64_t call) { product(call, sparse_x, k); }, {}, INT64_MAX});
     } else if (name == "select") {
-      parts.push_back({name, [&](int64_t) { quantise(true); }, {}});
+      parts.push_back({name, [&](int64_t) { quantise(true); }, {}, INT64_MAX});
     } else if (name == "quantise") {
-      parts.push_back({name, [&](int64_t) { quantise(false); }, {}});
+      parts.push_back({name, [&](int64_t) { quantise(false); }, {}, INT64_MAX});
     } else {
       fail("PARTS: whole, natural, select, quantise");
     }
   }
+  const Cycles cycles;
   for (int64_t call = 0; call < calls; ++call) {
     for (Part& part : parts) {
+      const int64_t before = cycles.read();
       const auto start = std::chrono::steady_clock::now();
       part.run(call);
       part.us.push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count());
+      part.least_cycles = std::min(part.least_cycles, cycles.read() - before);
     }
   }
   double first = 0;
   for (Part& part : parts) {
     std::sort(part.us.begin(), part.us.end());
-    const double median = part.us[part.us.size() / 2];
+    const double median = part.us[part.us.size() / 2], products = static_cast<double>(m * k * n);
     if (first == 0) first = median;
-    printf("%-8s min %9.2f us  median %9.2f us  %6.1f %%  %8.1f GOPS at the least\n", part.name.c_str(),
-           part.us.front(), median, 100 * median / first, 2e-3 * static_cast<double>(m * k * n) / part.us.front());
+    printf("%-8s min %9.2f us  median %9.2f us  %6.1f %%  %6.1f GOPS at the least", part.name.c_str(), part.us.front(),
+           median, 100 * median / first, 2e-3 * products / part.us.front());
+    if (threads == 1 && part.least_cycles > 0) {
+      printf("  %9lld cycles %6.1f products/cycle", static_cast<long long>(part.least_cycles),
+             products / static_cast<double>(part.least_cycles));
+    }
+    printf("\n");
   }
   return 0;
 }

@@ -21,6 +21,7 @@ constexpr int64_t kBatchRows = 8;              // rows whose sums stay in the ca
 constexpr int64_t kBatchBytes = 128 << 10;     // of weights that a batch takes at a time
 constexpr int64_t kBytesPerWorker = 32 << 10;  // of weights: below that a second thread costs more than it brings
 constexpr int64_t kPieceBytes = 32 << 10;      // of weights that a worker takes at a time, at least
+constexpr int64_t kLineBytes = 64;             // of the cache
 constexpr int64_t kSlack = 64;                 // elements that vector stores may write past a list's end
 constexpr int64_t kQuantizePiece = 32768;      // elements that one thread quantises faster than it can wake another
 constexpr int64_t kFinishPiece = 8192;         // sums that one thread adds up faster than it can wake another
@@ -101,7 +102,7 @@ Workspace lay_out(const TernaryProduct& args, int64_t workers, void* base) {
     work.batch[row].value = scratch.take<int8_t>(args.k + kSlack);
   }
   work.sums_stride = min_of(kBatchRows, args.m) * padded_outputs;
-  if (several) work.sums_stride = max_of(work.sums_stride, kGemmTileRows * kGemmTileOutputs);
+  if (several) work.sums_stride = max_of(work.sums_stride, kGemmTileRows * kGemmSumsStride);
   work.sums = scratch.take<int32_t>(workers * work.sums_stride);
   work.is_filled = scratch.take<bool>(workers);
   work.parts = scratch.take<const int32_t*>(workers);
@@ -169,6 +170,12 @@ void descale(const Call& call, const Sums& sums, int64_t row, int64_t from, int6
   if (from < to) kernels.finish(sums.parts, sums.part_count, start + from, to - from, q_sum, factor, out);
 }
 
+void prefetch_row(const TernaryProduct& args, int64_t position, int64_t count) {
+  const int64_t element = args.type == QSK_FLOAT16 ? 2 : 4;
+  const uint8_t* const y = static_cast<const uint8_t*>(args.y) + position * element;
+  for (int64_t i = 0; i < count * element; i += kLineBytes) __builtin_prefetch(y + i, 1);
+}
+
 // Writes the results of the padded outputs sums.begin..end-1 of `row`; `y` is float32 scratch for float16 results.
 void finish(const Call& call, const Sums& sums, int64_t row, int64_t end, float* y) {
   const TernaryProduct& args = call.args;
@@ -179,6 +186,7 @@ void finish(const Call& call, const Sums& sums, int64_t row, int64_t end, float*
     if (from >= to) continue;
     const int64_t position = row * args.outputs + matrix.y_begin + from - matrix.begin;
     float* out = half ? y : static_cast<float*>(args.y) + position;
+    if (row + 1 < args.m) prefetch_row(args, position + args.outputs, to - from);  // of a tile, finished next
     if (isnan(call.work.gamma[row])) {
       for (int64_t j = 0; j < to - from; ++j) out[j] = NAN;
     } else {
@@ -365,32 +373,55 @@ struct Tiling {
   int64_t tile_rows;
 };
 
-void multiply_tile(const Call& call, const Active& active, const Tiling& tiling, int64_t position, int64_t worker) {
+// The weights of the tile at `position` from the active channel `begin` on.
+TileWeights weights_of(const Call& call, const Active& active, const Tiling& tiling, int64_t position, int64_t begin) {
+  return {call.args.w + position / tiling.rows * kGemmTileBytes, active.index + begin,
+          min_of(kGemmTileChannels, active.count - begin)};
+}
+
+void multiply_tile(const Call& call, const Active& active, const Tiling& tiling, int64_t position, int64_t next,
+                   int64_t worker) {
   const Workspace& work = call.work;
   const int64_t first_byte = position / tiling.rows * kGemmTileBytes;
   const int64_t first_row = position % tiling.rows * tiling.tile_rows;
   TernaryTile tile = {};
-  tile.w = call.args.w + first_byte;
   tile.row_bytes = call.row_bytes;
   tile.bytes = min_of(kGemmTileBytes, call.row_bytes - first_byte);
   tile.q_stride = work.q_stride;
   tile.rows = min_of(tiling.tile_rows, call.args.m - first_row);
   tile.codes = work.codes + worker * kGemmCodesBytes;
   int32_t* sums = work.sums + worker * work.sums_stride;
-  memset(sums, 0, tile.rows * kGemmTileOutputs * sizeof *sums);
+  memset(sums, 0, tile.rows * kGemmSumsStride * sizeof *sums);
   for (int64_t begin = 0; begin < active.count; begin += kGemmTileChannels) {
-    tile.index = active.index + begin;
-    tile.channels = round_up(min_of(kGemmTileChannels, active.count - begin), 4);
-    tile.channels_after = max_of(0, active.count - begin - tile.channels);
+    const int64_t end = begin + kGemmTileChannels;
+    tile.weights = weights_of(call, active, tiling, position, begin);
+    tile.next = end < active.count ? weights_of(call, active, tiling, position, end)
+                : next >= 0        ? weights_of(call, active, tiling, next, 0)
+                                   : TileWeights{};
+    tile.weights.channels = round_up(tile.weights.channels, 4);
     tile.q = work.q + first_row * work.q_stride + begin;
     call.variant.ternary->gemm(tile, sums);
   }
   const int64_t first_output = first_byte * 4;
   for (int64_t r = 0; r < tile.rows; ++r) {
-    const int32_t* part = sums + r * kGemmTileOutputs;
+    const int32_t* part = sums + r * kGemmSumsStride;
     finish(call, {&part, 1, 0, first_output}, first_row + r, first_output + kGemmTileOutputs,
            work.y + worker * work.y_stride);
   }
+}
+
+// Tiles of as many rows as possible, as each unpacks its weights anew, but enough of them for all workers.
+Tiling tiling_of(const Call& call) {
+  constexpr int64_t kLeastRows = 16;
+  constexpr int64_t kTilesPerWorker = 4;
+  const int64_t m = call.args.m;
+  Tiling tiling;
+  tiling.columns = ceil_div(call.row_bytes, kGemmTileBytes);
+  tiling.rows = min_of(ceil_div(m, kLeastRows), ceil_div(kTilesPerWorker * call.workers, tiling.columns));
+  tiling.rows = max_of(tiling.rows, ceil_div(m, kGemmTileRows));
+  tiling.tile_rows = min_of(kGemmTileRows, round_up(ceil_div(m, tiling.rows), 4));  // of like size
+  tiling.rows = ceil_div(m, tiling.tile_rows);
+  return tiling;
 }
 
 void multiply_rows(const Call& call, const Active& active) {
@@ -402,13 +433,15 @@ void multiply_rows(const Call& call, const Active& active) {
     };
     run_workers(call.parallel, min_of(call.workers, m), body);
   }
-  Tiling tiling;
-  tiling.columns = ceil_div(call.row_bytes, kGemmTileBytes);
-  tiling.rows = ceil_div(m, kGemmTileRows);
-  tiling.tile_rows = min_of(kGemmTileRows, round_up(ceil_div(m, tiling.rows), 4));  // of like size
+  const Tiling tiling = tiling_of(call);
   Pieces tiles(tiling.columns * tiling.rows);
   auto body = [&](int64_t worker) {
-    for (int64_t tile = tiles.take(); tile >= 0; tile = tiles.take()) multiply_tile(call, active, tiling, tile, worker);
+    int64_t tile = tiles.take();
+    while (tile >= 0) {
+      const int64_t next = tiles.take();  // one ahead, so that its weights can be prefetched
+      multiply_tile(call, active, tiling, tile, next, worker);
+      tile = next;
+    }
   };
   run_workers(call.parallel, min_of(call.workers, tiling.columns * tiling.rows), body);
 }
