@@ -4,6 +4,7 @@ from __future__ import annotations
 
 PASSES: dict[str, str] = {
     "annotate-scope": "annotate_scope:AnnotateScope",
+    "annotate-sparsity": "annotate_sparsity:AnnotateSparsity",
     "attach-bodies": "lower_attach_bodies:AttachBodies",
     "check": "clean_check:Check",
     "convert-opset": "clean_convert_opset:ConvertOpset",

@@ -44,6 +44,7 @@ FUSE_NATIVE = {
 LOWER = (
     "attach-bodies",  # the portable fallback and the specification of every custom op
     "infer-shapes",  # after the last rewrite, so that every value of the file carries its shape
+    "annotate-sparsity",  # for whoever inspects the file: it needs the widths
     "sort-nodes",  # same graph, same bytes
     "check",  # nothing invalid leaves the compiler
 )

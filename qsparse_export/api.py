@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from qsparse_export.loader import Model
+    from qsparse_export.lower import Lowered
     from qsparse_export.passes.base import OnPass
     from qsparse_export.runtimes.base import Runtime
     from qsparse_export.targets.target import Target
@@ -151,8 +152,8 @@ def _export_decoder(
     tell("export")
     graph = decoder_graph(config, source, torch.float32, chosen.formats)
     tell("lower")
-    pipeline = _lower(graph, target, options, narrow=chosen.dtype == "float16")
-    _require_dtype(graph, chosen.dtype, pipeline)
+    lowered = _lower(graph, target, options, narrow=chosen.dtype == "float16")
+    _require_dtype(graph, chosen.dtype, lowered.pipeline)
     tell("compile")
     files = compile_graph(graph, target, runtime, folder, native=not options.portable)
     shares_cache = graph.metadata_props.get(SHARED_CACHE) == "true"
@@ -160,7 +161,7 @@ def _export_decoder(
     add_decoder_files(folder, files, config, tokenizer, shares_cache=shares_cache)
     if options.with_bench:
         add_device_bench(folder, target)
-    manifest = manifest_of("decoder", model, target, runtime, options, pipeline)
+    manifest = manifest_of("decoder", model, target, runtime, options, lowered)
     manifest |= {
         "dtype": chosen.dtype,
         "model": config.to_dict(),
@@ -223,10 +224,10 @@ def _export_module(
     tell("export")
     graph = module_graph(model.program)
     tell("lower")
-    pipeline = _lower(graph, target, options)
+    lowered = _lower(graph, target, options)
     tell("compile")
     compile_graph(graph, target, runtime, folder, native=not options.portable)
-    manifest = manifest_of("module", model, target, runtime, options, pipeline)
+    manifest = manifest_of("module", model, target, runtime, options, lowered)
     if options.verify != "none":
         tell("verify")
         manifest["parity"] = verify_module(
@@ -236,7 +237,7 @@ def _export_module(
     return manifest
 
 
-def _lower(graph: ir.Model, target: Target, options: Options, *, narrow: bool = False) -> str:
+def _lower(graph: ir.Model, target: Target, options: Options, *, narrow: bool = False) -> Lowered:
     from qsparse_export.lower import lower
     from qsparse_export.passes.pipelines import pipeline_for
 
@@ -287,7 +288,7 @@ def sparsity_table(config: ModelConfig) -> list[dict[str, Any]]:
 
 
 def manifest_of(
-    kind: str, model: Model, target: Target, runtime: Runtime, options: Options, pipeline: str
+    kind: str, model: Model, target: Target, runtime: Runtime, options: Options, lowered: Lowered
 ) -> dict[str, Any]:
     """What every manifest says, whatever was compiled."""
     from qsparse_export import __version__
@@ -312,7 +313,7 @@ def manifest_of(
         "native": not options.portable,
         "library": library_record(target, runtime, native=not options.portable),
         "weights": options.weights,
-        "pipeline": pipeline,
+        **lowered.to_dict(),
         "tools": tool_versions(),
         "parity": None,
     }

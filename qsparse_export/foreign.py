@@ -48,10 +48,10 @@ def export_onnx(
     graph = file.read()
     tell("lower")
     native_ops = target.native_ops if target.runs_native(options.portable) else frozenset()
-    pipeline = lower(graph, options.pipeline, foreign_pipeline_for(native_ops), options.on_pass)
+    lowered = lower(graph, options.pipeline, foreign_pipeline_for(native_ops), options.on_pass)
     tell("compile")
     compile_graph(graph, target, runtime, folder, native=not options.portable)
-    manifest = manifest_of("module", model, target, runtime, options, pipeline) | {"unfused": unfused(graph)}
+    manifest = manifest_of("module", model, target, runtime, options, lowered) | {"unfused": unfused(graph)}
     if options.verify != "none":
         tell("verify")
         manifest["parity"] = verify_onnx(
