@@ -256,5 +256,5 @@ def _format(node: ir.Node) -> str:
         return f"int{bits}"
     for value in node.inputs[1:]:
         if value is not None and value.is_initializer() and value.dtype is not None:
-            return value.dtype.name.lower()
+            return "float32" if value.dtype.name == "FLOAT" else value.dtype.name.lower()
     return "none"
