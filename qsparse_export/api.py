@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qsparse_export.bundle import SCHEMA, Bundle, staged, write_manifest
 from qsparse_export.config import ModelConfig, topk_of
 from qsparse_export.errors import UsageError
+from qsparse_export.precision import Activations, Head, Precision, Weights, precision
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,19 +19,21 @@ if TYPE_CHECKING:
     from qsparse_export.loader import Model
     from qsparse_export.runtimes.base import Runtime
     from qsparse_export.targets.target import Target
-
-Weights = Literal["keep", "fp32", "fp16", "ternary"]
+    from qsparse_export.weights import WeightSource
 
 
 @dataclass(frozen=True)
 class Options:
     """How to compile. ``weights``: keep (ternary stays ternary, floats become float32 without loss), fp32, fp16, ternary
-    (BitNet quantisation of every block linear). ``portable`` leaves the kernel library out. ``pipeline`` is a spec string
-    of passes (None: the default). ``with_bench`` adds qsparse-device-bench."""
+    (BitNet quantisation of every block linear), int8 or int4 (groups). ``head`` and ``activations``: see
+    :func:`qsparse_export.precision.precision`. ``portable`` leaves the kernel library out. ``pipeline`` is a spec string of
+    passes (None: the default). ``with_bench`` adds qsparse-device-bench."""
 
     target: str = "cpu"
     runtime: str = "ort"
     weights: Weights = "keep"
+    head: Head | None = None
+    activations: Activations | None = None
     portable: bool = False
     verify: Literal["full", "quick", "none"] = "full"
     pipeline: str | None = None
@@ -45,6 +48,8 @@ def export(
     out: str | Path | None = None,
     runtime: str = "ort",
     weights: Weights = "keep",
+    head: Head | None = None,
+    activations: Activations | None = None,
     portable: bool = False,
     verify: Literal["full", "quick", "none"] = "full",
     pipeline: str | None = None,
@@ -70,9 +75,9 @@ def export(
     from qsparse_export.targets.target import load_target
 
     device, backend = load_target(target), get_runtime(runtime)
-    dtype = "float16" if weights == "fp16" else "float32"
+    dtype = "float16" if "fp16" in (weights, activations) else "float32"
     native = check_target(device, backend, portable=portable, dtype=dtype, with_bench=with_bench)
-    options = Options(target, runtime, weights, not native, verify, pipeline, force, with_bench)
+    options = Options(target, runtime, weights, head, activations, not native, verify, pipeline, force, with_bench)
     tell = on_stage or (lambda _stage: None)
     loaded = as_model(model, name, example_inputs, dynamic_shapes)
     folder = Path(out) if out is not None else Path.cwd() / f"{loaded.name}-{device.name}"
@@ -125,11 +130,14 @@ def _export_decoder(
 
     from qsparse_export.compile import add_decoder_files, add_device_bench, compile_graph, verification_record
     from qsparse_export.exporter import decoder_graph
+    from qsparse_export.nn.quantized_source import QuantizedSource
+    from qsparse_export.quantization_report import quantization_table
 
-    config = _with_weights(config, options.weights)
-    dtype = torch.float16 if options.weights == "fp16" else torch.float32
+    chosen = precision(config, options.weights, options.head, options.activations)
+    config = chosen.config
+    source = QuantizedSource(model.weights, chosen.formats, config.tied_embeddings)
     tell("export")
-    graph = decoder_graph(config, model.weights, dtype)
+    graph = decoder_graph(config, source, getattr(torch, chosen.dtype), chosen.formats)
     tell("lower")
     pipeline = _lower(graph, options)
     tell("compile")
@@ -139,36 +147,45 @@ def _export_decoder(
         add_device_bench(folder, target)
     manifest = _manifest("decoder", model, target, runtime, options, pipeline)
     manifest |= {
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": chosen.dtype,
         "model": config.to_dict(),
         "sparsity": sparsity_table(config),
+        "quantization": quantization_table(chosen.formats, source) if chosen.is_quantized else None,
     }
     if options.verify != "none":
         tell("verify")
-        manifest["parity"] = _verify_decoder(model, config, dtype, graph, runtime, options, folder)
+        _verify_decoder(model.weights, source, chosen, graph, runtime, options, folder, manifest)
         manifest["parity"]["ran_on"] = verification_record(target, runtime, native=not options.portable)
     return manifest
 
 
 def _verify_decoder(
-    model: Model,
-    config: ModelConfig,
-    dtype: torch.dtype,
+    weights: WeightSource,
+    source: WeightSource,
+    chosen: Precision,
     graph: ir.Model,
     runtime: Runtime,
     options: Options,
     folder: Path,
-) -> dict[str, Any]:
+    manifest: dict[str, Any],
+) -> None:
+    """Enters ``parity``, and how far quantising moved the logits; ``source`` is ``weights`` quantised."""
+    import torch
+
     from qsparse_export.nn.deploy import materialize
+    from qsparse_export.quantization_report import logit_distance
     from qsparse_export.verify import Case, prompt_ids, verify_decoder
 
-    case = Case(
-        module=materialize(config, model.weights, dtype),
-        config=config,
-        dtype=str(dtype).removeprefix("torch."),
-        prompt=prompt_ids(config.vocab_size, folder / "tokenizer.json"),
-    )
-    return verify_decoder(folder, runtime, graph, case, options.verify, native=not options.portable).to_dict()
+    config, dtype = chosen.config, getattr(torch, chosen.dtype)
+    prompt = prompt_ids(config.vocab_size, folder / "tokenizer.json")
+    case = Case(materialize(config, source, dtype, chosen.formats), config, chosen.dtype, prompt)
+    parity = verify_decoder(folder, runtime, graph, case, options.verify, native=not options.portable)
+    manifest["parity"] = parity.to_dict()
+    if chosen.is_quantized:
+        quantized = case.judge().logits(prompt)
+        del case  # one model in memory at a time
+        original = Case(materialize(config, weights, dtype), config, chosen.dtype, prompt).judge().logits(prompt)
+        manifest["quantization"]["logits"] = logit_distance(quantized, original)
 
 
 def _export_module(
@@ -184,6 +201,8 @@ def _export_module(
         )
     if options.with_bench:
         raise UsageError("--with-bench needs a decoder: qsparse-device-bench generates tokens, which a module does not")
+    if options.head not in (None, "keep") or options.activations not in (None, "fp32"):
+        raise UsageError("--head and --activations need a decoder; this module is exported as it is")
     assert model.program is not None
     tell("export")
     graph = module_graph(model.program)
@@ -206,18 +225,6 @@ def _lower(graph: ir.Model, options: Options) -> str:
     from qsparse_export.passes.pipelines import DEFAULT
 
     return lower(graph, DEFAULT if options.pipeline is None else options.pipeline)
-
-
-def _with_weights(config: ModelConfig, weights: Weights) -> ModelConfig:
-    if weights == "ternary":
-        return replace(config, quantization="bitnet")
-    if weights not in ("keep", "fp32", "fp16"):
-        raise UsageError(f"weights={weights!r}; expected keep, fp32, fp16 or ternary")
-    if config.quantization == "bitnet" and weights == "fp32":
-        raise UsageError(
-            "a BitNet model computes with ternary weights and int8 activations; use --weights keep or fp16"
-        )
-    return config
 
 
 def sparsity_table(config: ModelConfig) -> list[dict[str, Any]]:

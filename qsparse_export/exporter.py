@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qsparse_export.errors import ExportError
+from qsparse_export.weight_formats import AS_IN_THE_MODEL, WeightFormats
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,12 +24,15 @@ OPSET = 23
 SMALL_BYTES = 1024
 
 
-def decoder_graph(config: ModelConfig, weights: WeightSource, dtype: torch.dtype) -> ir.Model:
+def decoder_graph(
+    config: ModelConfig, weights: WeightSource, dtype: torch.dtype, formats: WeightFormats = AS_IN_THE_MODEL
+) -> ir.Model:
     """The graph of a decoder with dynamic batch, sequence and past, and onnxruntime-genai's names.
 
     Inputs: input_ids, position_ids int64 [B, S], attention_mask int64 [B, P+S], past_key_values.%d.key/value ``dtype``
     [B, kv_heads, P, head_dim]. Outputs: logits ``dtype`` [B, S, vocab], present.%d.key/value [B, kv_heads, P+S, head_dim].
-    No weight is read: each initialiser is lazy, and packed when it is written. Raises ExportError when torch.onnx fails.
+    ``weights`` must give the matrices of ``formats`` in their groups (``nn.quantized_source``). No weight is read: each
+    initialiser is lazy, and packed when it is written. Raises ExportError when torch.onnx fails.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -40,7 +44,7 @@ def decoder_graph(config: ModelConfig, weights: WeightSource, dtype: torch.dtype
 
     traced = replace(config, layers=layers_to_trace(config))
     with torch.device("meta"):
-        module = deploy(Decoder(traced).to(dtype)).eval()
+        module = deploy(Decoder(traced).to(dtype), formats).eval()
     with FakeTensorMode():
         _make_fake(module)
         inputs, shapes = _example_inputs(traced, dtype)
@@ -184,18 +188,39 @@ def _attach_weights(graph: ir.Model, weights: WeightSource) -> None:
         fake = value.const_value
         if fake is None or not isinstance(fake.raw, FakeTensor):
             continue  # a constant of the computation, such as the rotary frequencies
+        codes = _code_type(value)
+        dtype = fake.dtype if codes is None else codes
+        shape = onnx_ir.Shape(fake.raw.shape)
+        if codes is not None:
+            # PyTorch has no type for packed codes of 4 bits: the graph gets the one that ONNX has.
+            shape = onnx_ir.Shape([shape[0], fake.raw.shape[1] * 8 // int(codes.bitwidth)])
+            value.type, value.shape = onnx_ir.TensorType(codes), shape
         value.const_value = onnx_ir.LazyTensor(
-            _reader(name, weights, fake.raw.dtype),
-            dtype=fake.dtype,
-            shape=onnx_ir.Shape(fake.raw.shape),
+            _reader(name, weights, fake.raw.dtype, codes, shape),
+            dtype=dtype,
+            shape=shape,
             # A ternary scale is four bytes, and comes out of a whole matrix each time that it is asked for.
             cache=fake.nbytes <= SMALL_BYTES,
             name=name,
         )
 
 
-def _reader(name: str, weights: WeightSource, dtype: torch.dtype) -> Any:
+def _code_type(value: ir.Value) -> ir.DataType | None:
+    """INT4 or INT8 for the weights of SparseMatMulNBits, None for all others."""
+    import onnx_ir
+
+    for use in value.uses():
+        if use.node.op_type == "SparseMatMulNBits" and use.idx == 1:
+            is_4_bits = use.node.attributes["bits"].as_int() == 4
+            return onnx_ir.DataType.INT4 if is_4_bits else onnx_ir.DataType.INT8
+    return None
+
+
+def _reader(
+    name: str, weights: WeightSource, dtype: torch.dtype, codes: ir.DataType | None, shape: ir.Shape
+) -> Callable[[], ir.TensorProtocol]:
     def read() -> ir.TensorProtocol:
+        import numpy as np
         import onnx_ir
 
         from qsparse_export.nn.deploy import deployed_tensor
@@ -203,6 +228,9 @@ def _reader(name: str, weights: WeightSource, dtype: torch.dtype) -> Any:
         tensor = deployed_tensor(name, weights)
         if tensor.dtype != dtype and tensor.is_floating_point():
             tensor = tensor.to(dtype)
-        return onnx_ir.Tensor(tensor.contiguous().numpy(), name=name)
+        array = tensor.contiguous().numpy()
+        if codes == onnx_ir.DataType.INT4:
+            return onnx_ir.PackedTensor(array.reshape(-1), codes, shape=shape, name=name)
+        return onnx_ir.Tensor(array if codes is None else array.view(np.int8), name=name)
 
     return read

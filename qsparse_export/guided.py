@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 DOMAIN = "ai.qsparse"
+_PRODUCTS_OF_FUSED = {"SparseTernaryMatMul": "TernaryMatMul", "SparseMatMulNBits": None, "SparseMatMul": None}
+"""Ops with a mask of their own -> the op that chooses in each of their matrices, None where products are continuous."""
+_WITHOUT_CHOICES = frozenset({"DenseMatMulNBits", "GatherNBits"})
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,9 @@ class IllegitimateChoice:
 def choice_taps(graph: ir.Model) -> tuple[Tap, ...]:
     """The taps of all ops of domain ``ai.qsparse``, in the order in which PyTorch calls them.
 
-    TopKSparsify shows its choice in its output (what is not zero was kept), TernaryMatMul in its input. A fused
-    SparseTernaryMatMul stands for the calls that it was made of, and shows the choices of all of them in its input.
+    TopKSparsify shows its choice in its output (what is not zero was kept), TernaryMatMul in its input. A node with a mask
+    of its own (SparseTernaryMatMul, SparseMatMulNBits, SparseMatMul) stands for the calls that it was made of, and shows the
+    choices of all of them in its input. Ops that only multiply or look up in floating point choose nothing.
     """
     from qsparse_export.passes.annotate_scope import SCOPE
 
@@ -68,9 +72,9 @@ def choice_taps(graph: ir.Model) -> tuple[Tap, ...]:
             value = node.outputs[0] if node.op_type == "TopKSparsify" else node.inputs[0]
             assert value is not None and value.name is not None
             scope = node.metadata_props.get(SCOPE, node.name or "")
-            if node.op_type == "SparseTernaryMatMul":
+            if node.op_type in _PRODUCTS_OF_FUSED:
                 taps.extend(_fused_taps(node, value, scope))
-            else:
+            elif node.op_type not in _WITHOUT_CHOICES:
                 taps.append(Tap(node.op_type, value.name, scope))
     return tuple(taps)
 
@@ -81,8 +85,9 @@ def _fused_taps(node: ir.Node, value: ir.Value, scope: str) -> list[Tap]:
     k, block, rescale = (attributes["k"].as_int(), attributes["block"].as_int(), attributes["rescale"].as_string())
     is_masked = block > 0 or rescale != "none" or k != value.shape[-1]
     selection = (k, block, rescale) if is_masked else None
-    ops = [*(["TopKSparsify"] if is_masked else []), *["TernaryMatMul"] * len(attributes["n"].as_ints())]
-    return [Tap(op, value.name, scope, selection) for op in ops]
+    product = _PRODUCTS_OF_FUSED[node.op_type]
+    matrices = [product] * len(attributes["n"].as_ints()) if product is not None else []
+    return [Tap(op, value.name, scope, selection) for op in [*(["TopKSparsify"] if is_masked else []), *matrices]]
 
 
 class Guide(TorchDispatchMode):

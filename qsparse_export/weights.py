@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
+
+    from qsparse_export.weight_formats import GroupFormat
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,18 @@ class TernaryWeight:
     scale: float
 
 
+@dataclass(frozen=True)
+class GroupWeight:
+    """A weight matrix of n-bit groups: W [N, K] is ``codes * scales``, each scale for ``format.group`` inputs of an output.
+
+    ``scales`` float16 [N, groups]; ``codes()`` gives int8 [N, K], computed anew at each call: nothing so large is kept.
+    """
+
+    scales: torch.Tensor
+    codes: Callable[[], torch.Tensor]
+    format: GroupFormat
+
+
 class WeightSource(Protocol):
     """Tensors by the names of the PyTorch module's parameters (Hugging Face names for decoders)."""
 
@@ -27,8 +41,8 @@ class WeightSource(Protocol):
         """Name to logical shape (unpacked, [N, K] for linears) of every tensor; reads no tensor data."""
         ...
 
-    def read(self, name: str) -> torch.Tensor | TernaryWeight:
-        """One tensor in its stored floating-point dtype, or ternary; CheckpointError on NaN, Inf or damaged data."""
+    def read(self, name: str) -> torch.Tensor | TernaryWeight | GroupWeight:
+        """One tensor in its stored floating-point dtype, ternary or in groups; CheckpointError on NaN, Inf or damage."""
         ...
 
 

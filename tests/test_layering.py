@@ -11,7 +11,7 @@ FOLDERS = {
     "qsparse_export.targets": "targets",
 }
 # A layer may import itself and what is listed beside it, nothing else: imports point downwards only.
-BASE = {"errors", "config", "weights", "versions"}
+BASE = {"errors", "config", "weights", "weight_formats", "versions"}
 LAYERS: dict[str, set[str]] = {
     "cli": {"stages", "nn", "passes", "runtimes", "formats", "targets", "base"},
     "stages": {"nn", "passes", "runtimes", "ops", "formats", "targets", "base"},

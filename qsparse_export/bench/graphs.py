@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qsparse_export.formats import ternary
+from qsparse_export.formats import nbits, ternary
 
 if TYPE_CHECKING:
     import onnx
@@ -60,6 +60,54 @@ def ternary_graph(folder: Path, k: int, n: int, copies: int) -> Graph:
         folder / "ternary.onnx", "TernaryMatMul", "ai.qsparse", {"n": n}, k, n, copies, tensor, stride, {"scale": scale}
     )
     return Graph(path, copies, nbytes, folder / "ternary.data", stride)
+
+
+def sparse_nbits_graph(folder: Path, bits: int, group: int, k: int, n: int, copies: int) -> Graph:
+    """SparseMatMulNBits without a selection: random codes (``formats.nbits``, channel-major), every scale ``SCALE``."""
+    from onnx import TensorProto
+
+    columns = nbits.columns(n)
+    row_bytes = columns * bits // 8
+    tensor = _Tensor("w", TensorProto.INT4 if bits == 4 else TensorProto.INT8, (k, columns), k * row_bytes)
+    scales = np.full((nbits.group_count(k, group), columns), SCALE, np.float16)
+    _write_weights(folder / f"sparse{bits}.data", copies * k * row_bytes, lambda raw: raw)
+    attributes = {"k": k, "block": 0, "rescale": "none", "n": [n], "bits": bits, "group": group}
+    path = _save(
+        folder / f"sparse{bits}.onnx",
+        "SparseMatMulNBits",
+        "ai.qsparse",
+        attributes,
+        k,
+        n,
+        copies,
+        tensor,
+        k * row_bytes,
+        {"scales": scales},
+    )
+    return Graph(path, copies, k * row_bytes, folder / f"sparse{bits}.data", k * row_bytes)
+
+
+def dense_nbits_graph(folder: Path, bits: int, group: int, k: int, n: int, copies: int) -> Graph:
+    """DenseMatMulNBits: random codes (``formats.nbits``, output-major), every scale ``SCALE``."""
+    from onnx import TensorProto
+
+    row_bytes = nbits.output_row_bytes(k, bits)
+    tensor = _Tensor("w", TensorProto.UINT8, (n, row_bytes), n * row_bytes)
+    scales = np.full((n, nbits.group_count(k, group)), SCALE, np.float16)
+    _write_weights(folder / f"dense{bits}.data", copies * n * row_bytes, lambda raw: raw)
+    path = _save(
+        folder / f"dense{bits}.onnx",
+        "DenseMatMulNBits",
+        "ai.qsparse",
+        {"n": n, "k": k, "bits": bits, "group": group},
+        k,
+        n,
+        copies,
+        tensor,
+        n * row_bytes,
+        {"scales": scales},
+    )
+    return Graph(path, copies, n * row_bytes, folder / f"dense{bits}.data", n * row_bytes)
 
 
 def matmul_nbits_graph(folder: Path, bits: int, k: int, n: int, copies: int) -> Graph:

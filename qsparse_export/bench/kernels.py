@@ -15,10 +15,10 @@ import numpy as np
 from qsparse_export.bench import graphs, machine
 from qsparse_export.bench.timing import Contender, Timing, interleave
 from qsparse_export.errors import QSparseError, TargetError, UsageError, near_names
-from qsparse_export.formats import ternary
+from qsparse_export.formats import nbits, ternary
 from qsparse_export.runtimes.ort import library
 
-OPS = ("ternary", "topk")
+OPS = ("ternary", "nbits", "head", "topk")
 PEERS = ("ort",)
 COLD_BYTES = 256_000_000
 LARGEST_Q = 127
@@ -30,7 +30,10 @@ OURS = "qsparse"
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: x [m, k] of which ``round(density * k)`` channels per row are not zero, weights [n, k]."""
+    """One measurement: x [m, k] of which ``round(density * k)`` channels per row are not zero, weights [n, k].
+
+    ``bits`` and ``group`` (inputs that share a scale) are those of the ops nbits and head.
+    """
 
     op: str
     m: int
@@ -41,6 +44,8 @@ class Case:
     variant: str | None = None
     hot: bool = False
     peers: tuple[str, ...] = ()
+    bits: int = 4
+    group: int = 128
 
     @property
     def kept(self) -> int:
@@ -59,6 +64,12 @@ def check(case: Case) -> None:
         raise UsageError(f"m {case.m}, k {case.k}, n {case.n}, threads {case.threads}; expected 1 or more of each")
     if not 0 <= case.density <= 1:
         raise UsageError(f"--density {case.density}; expected a share of active channels, 0 to 1")
+    if case.op == "head" and case.density != 1:
+        raise UsageError(f"--op head --density {case.density}: the head skips nothing; expected --density 1")
+    if case.bits not in nbits.BITS:
+        raise UsageError(f"--bits {case.bits}; expected 4 or 8")
+    if case.group < 1 or case.group % nbits.WORDS:
+        raise UsageError(f"--group {case.group}; expected a positive multiple of {nbits.WORDS}")
 
 
 def measure(case: Case, seconds: float) -> dict[str, Any]:
@@ -73,11 +84,11 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         variant = lib.chosen()
         probe = machine.Probe(lib, case.threads)
         try:
-            rows = _ternary(case, Path(folder), probe) if case.op == "ternary" else _topk(case, Path(folder))
-            timings = interleave(rows.contenders, seconds)
+            setup = _SETUPS[case.op](case, Path(folder), probe)
+            timings = interleave(setup.contenders, seconds)
         finally:
             probe.close()
-    return _row(case, variant, rows, timings)
+    return _row(case, variant, setup, timings)
 
 
 def describe() -> dict[str, Any]:
@@ -129,8 +140,65 @@ def _ternary(case: Case, folder: Path, probe: machine.Probe) -> _Setup:
             peer = graphs.matmul_nbits_graph(folder, bits, case.k, case.n, _copies(case, peer_bytes))
             contenders[f"ort-{bits}bit"] = _contender(peer, case, x, case.n, native=False)
     active = np.flatnonzero((x != 0).any(0))
-    contenders |= dict(_probes(probe, case, graph, active))
+    contenders |= dict(_probes(probe, case, graph, active, row_bytes))
     return _Setup(contenders, len(active) * row_bytes, case.k * row_bytes)
+
+
+def _nbits(case: Case, folder: Path, probe: machine.Probe) -> _Setup:
+    row_bytes = nbits.columns(case.n) * case.bits // 8
+    x = activations(case, np.random.default_rng(1))
+    copies = _copies(case, case.k * row_bytes)
+    graph = graphs.sparse_nbits_graph(folder, case.bits, case.group, case.k, case.n, copies)
+    packed = np.fromfile(graph.weights or "", np.uint8, graph.weight_bytes).reshape(case.k, -1)
+    judge = _integer_judge(case, x, nbits.unpack_channels(packed, case.n, case.bits))
+    contenders = {OURS: _contender(graph, case, x, case.n, native=True, judge=judge)}
+    contenders |= _matmul_nbits_peer(case, folder, x)
+    active = np.flatnonzero((x != 0).any(0))
+    contenders |= dict(_probes(probe, case, graph, active, row_bytes))
+    scale_bytes = 2 * nbits.columns(case.n)
+    groups_read = len(np.unique(active // case.group))
+    total = case.k * row_bytes + nbits.group_count(case.k, case.group) * scale_bytes
+    return _Setup(contenders, len(active) * row_bytes + groups_read * scale_bytes, total)
+
+
+def _head(case: Case, folder: Path, probe: machine.Probe) -> _Setup:
+    row_bytes = nbits.output_row_bytes(case.k, case.bits)
+    x = activations(case, np.random.default_rng(1))
+    copies = _copies(case, case.n * row_bytes)
+    graph = graphs.dense_nbits_graph(folder, case.bits, case.group, case.k, case.n, copies)
+    packed = np.fromfile(graph.weights or "", np.uint8, graph.weight_bytes).reshape(case.n, -1)
+    judge = _integer_judge(case, x, nbits.unpack_outputs(packed, case.k, case.bits))
+    contenders = {OURS: _contender(graph, case, x, case.n, native=True, judge=judge)}
+    contenders |= _matmul_nbits_peer(case, folder, x)
+    # Only streaming: every row is read.
+    probe_bytes = row_bytes // 32 * 32
+    contenders |= dict(_probes(probe, case, graph, np.arange(case.n), probe_bytes)) if probe_bytes else {}
+    nbytes = case.n * (row_bytes + 2 * nbits.group_count(case.k, case.group))
+    return _Setup(contenders, nbytes, nbytes)
+
+
+def _matmul_nbits_peer(case: Case, folder: Path, x: np.ndarray) -> dict[str, Contender]:
+    if "ort" not in case.peers:
+        return {}
+    copies = _copies(case, case.k * case.n * case.bits // 8)
+    peer = graphs.matmul_nbits_graph(folder, case.bits, case.k, case.n, copies)
+    return {f"ort-{case.bits}bit": _contender(peer, case, x, case.n, native=False)}
+
+
+def _integer_judge(case: Case, x: np.ndarray, codes: np.ndarray) -> Callable[[np.ndarray], None]:
+    """All scales are ``SCALE`` and x holds whole numbers: float32 sums round only by the scale, once per group or so."""
+    scale = np.float64(np.float16(graphs.SCALE))
+    expected = (x[:1].astype(np.float64) @ codes.T.astype(np.float64)) * scale
+    size = np.abs(x[:1]).astype(np.float64).sum() * (1 << case.bits) * scale
+    allowed = 2 * (case.k + 16) * 2.0**-24 * size
+
+    def judge(y: np.ndarray) -> None:
+        if not (np.abs(y[:1] - expected) <= allowed).all():
+            raise QSparseError(
+                f"the kernel computed a wrong product at {case}: nothing was measured; please report this"
+            )
+
+    return judge
 
 
 def _copies(case: Case, nbytes: int) -> int:
@@ -153,12 +221,12 @@ def _ternary_judge(graph: graphs.Graph, case: Case, x: np.ndarray) -> Callable[[
 
 
 def _probes(
-    probe: machine.Probe, case: Case, graph: graphs.Graph, active: np.ndarray
+    probe: machine.Probe, case: Case, graph: graphs.Graph, active: np.ndarray, row_bytes: int
 ) -> Iterator[tuple[str, Contender]]:
     """Streaming: every row of every copy in order. Gather: the active rows, in the order in which the kernel reads them."""
     assert graph.weights is not None
-    row_bytes = ternary.row_bytes(case.n)
-    rows = np.memmap(graph.weights, np.uint8, "r").reshape(-1, row_bytes)
+    whole = np.memmap(graph.weights, np.uint8, "r")
+    rows = whole[: len(whole) // row_bytes * row_bytes].reshape(-1, row_bytes)
     starts = np.arange(graph.copies, dtype=np.int64) * (graph.stride // row_bytes)
     repeats = HOT_REPEATS if case.hot else 1
 
@@ -167,12 +235,12 @@ def _probes(
         return Contender(lambda: probe.read(rows, index, ahead), graph.copies * repeats)
 
     for ahead in machine.ROWS_AHEAD:
-        yield f"stream {ahead}", contender(np.arange(case.k), ahead)
+        yield f"stream {ahead}", contender(np.arange(graph.weight_bytes // row_bytes), ahead)
         if len(active):
             yield f"gather {ahead}", contender(active, ahead)
 
 
-def _topk(case: Case, folder: Path) -> _Setup:
+def _topk(case: Case, folder: Path, _probe: machine.Probe) -> _Setup:
     x = np.random.default_rng(1).standard_normal((case.m, case.k)).astype(np.float32)
 
     def judge(y: np.ndarray) -> None:
@@ -185,6 +253,14 @@ def _topk(case: Case, folder: Path) -> _Setup:
         peer = graphs.onnx_topk_graph(folder, case.k, case.kept, TOPK_NODES)
         contenders["ort-topk"] = _contender(peer, case, np.abs(x), case.kept, native=False)
     return _Setup(contenders, x.nbytes, x.nbytes)
+
+
+_SETUPS: dict[str, Callable[[Case, Path, machine.Probe], _Setup]] = {
+    "ternary": _ternary,
+    "nbits": _nbits,
+    "head": _head,
+    "topk": _topk,
+}
 
 
 def _contender(
@@ -232,13 +308,15 @@ def _row(case: Case, variant: str, setup: _Setup, timings: Mapping[str, Timing])
     stream = _best_gb_per_s(timings, "stream", setup.total_bytes)
     gather = _best_gb_per_s(timings, "gather", setup.active_bytes)
     active = setup.active_bytes / ours.min_us / 1e3
-    products = 2 * case.m * case.k * case.n if case.op == "ternary" else 0
+    products = 2 * case.m * case.k * case.n if case.op != "topk" else 0
     return {
         "op": case.op,
         "variant": variant,
         "m": case.m,
         "k": case.k,
-        "n": case.n if case.op == "ternary" else None,
+        "n": case.n if case.op != "topk" else None,
+        "bits": {"ternary": 2, "topk": None}.get(case.op, case.bits),
+        "group": case.group if case.op in ("nbits", "head") else None,
         "density": case.density,
         "threads": case.threads,
         "hot": case.hot,

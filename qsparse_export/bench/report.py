@@ -16,6 +16,7 @@ _HEADINGS = {
     "m": "M",
     "k": "K",
     "n": "N",
+    "bits": "bits",
     "density": "density",
     "threads": "threads",
     "min_us": "min us",

@@ -14,7 +14,7 @@ from qsparse_export.checkpoints.expected import check_config, check_tensors
 from qsparse_export.config import ModelConfig
 from qsparse_export.errors import CheckpointError
 from qsparse_export.tokenizer import TokenizerFiles
-from qsparse_export.weights import StateDict, TernaryWeight, WeightSource
+from qsparse_export.weights import GroupWeight, StateDict, TernaryWeight, WeightSource
 
 if TYPE_CHECKING:
     import torch
@@ -125,6 +125,10 @@ def _sha256_of_weights(config: str, weights: WeightSource) -> str:
         tensor = weights.tensors[name] if isinstance(weights, StateDict) else weights.read(name)
         scale = f" {tensor.scale!r}" if isinstance(tensor, TernaryWeight) else ""
         values = tensor.values if isinstance(tensor, TernaryWeight) else tensor
+        if isinstance(values, GroupWeight):
+            raise CheckpointError(
+                f"{name} is quantised; expected the tensors of a model in memory as they were trained"
+            )
         digest.update(f"{name} {values.dtype} {list(values.shape)}{scale}\n".encode())
         if values.numel():
             digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

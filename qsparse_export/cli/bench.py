@@ -48,14 +48,18 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kernels.add_argument("--op", default="ternary", metavar="OP", help="ternary (default) or topk")
+    kernels.add_argument("--op", default="ternary", metavar="OP", help="ternary (default), nbits, head or topk")
     kernels.add_argument("--m", type=_integers, default=[1], metavar="M,..", help="rows of x: tokens (default 1)")
     kernels.add_argument("--k", type=_integers, default=[2560], metavar="K,..", help="inputs (default 2560)")
     kernels.add_argument("--n", type=_integers, default=[6912], metavar="N,..", help="outputs (default 6912)")
     kernels.add_argument(
-        "--density", type=_floats, default=[0.4], metavar="D,..", help="share of active channels (default 0.4)"
+        "--density", type=_floats, metavar="D,..", help="share of active channels (default 0.4; the head has 1)"
     )
     kernels.add_argument("-t", "--threads", type=_integers, default=[1], metavar="T,..", help="threads (default 1)")
+    kernels.add_argument("--bits", type=int, default=4, metavar="B", help="of nbits and head: 4 (default) or 8")
+    kernels.add_argument(
+        "--group", type=int, default=128, metavar="G", help="of nbits and head: inputs that share a scale (default 128)"
+    )
     kernels.add_argument("--variant", metavar="NAME", help="force this kernel variant (default: the fastest here)")
     kernels.add_argument("--hot", action="store_true", help="one matrix, which stays in the cache")
     kernels.add_argument("--peers", default="", metavar="P,..", help="ort: ONNX Runtime's MatMulNBits or TopK")
@@ -70,12 +74,25 @@ def _command(argv: Sequence[str]) -> None:
     arguments = parser().parse_args(argv)
     from qsparse_export.bench import kernels, report
 
+    densities = arguments.density or ([1.0] if arguments.op == "head" else [0.4])
     outputs = arguments.n if arguments.op != "topk" else [1]
     peers = tuple(filter(None, arguments.peers.split(",")))
     cases = [
-        kernels.Case(arguments.op, m, k, n, density, threads, arguments.variant, arguments.hot, peers)
+        kernels.Case(
+            arguments.op,
+            m,
+            k,
+            n,
+            density,
+            threads,
+            arguments.variant,
+            arguments.hot,
+            peers,
+            arguments.bits,
+            arguments.group,
+        )
         for m, k, n, density, threads in itertools.product(
-            arguments.m, arguments.k, outputs, arguments.density, arguments.threads
+            arguments.m, arguments.k, outputs, densities, arguments.threads
         )
     ]
     for case in cases:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qsparse_export.cli.console import Stages, print_json, run, say
+from qsparse_export.precision import ACTIVATIONS, HEADS, WEIGHTS
 
 if TYPE_CHECKING:
     from qsparse_export.bundle import Bundle
@@ -24,7 +25,8 @@ MODEL is one of
 examples
   qsparse-export model.pt --target cpu
   qsparse-export SmolLM2.gguf --sparse-ratio 0.25 --sparse-ratio down=0.5 -o smollm2
-  qsparse-export ./bitnet-2b-4t --verify quick
+  qsparse-export SmolLM2.gguf --sparse-ratio 0.25 --weights int4
+  qsparse-export ./bitnet-2b-4t --head int8 --verify quick
   qsparse-export shape:qsparse-700m,layers=2 --seed 1
 
 --sparse-ratio is the share of zeros: R for every projection, or PROJECTION=R for qkv, o, gate_up or down; later ones win;
@@ -58,8 +60,16 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--weights",
         default="keep",
-        choices=["keep", "fp32", "fp16", "ternary"],
-        help="keep: ternary stays ternary, floats become fp32 without loss (default); fp16; ternary: BitNet quantisation",
+        choices=list(WEIGHTS),
+        help="of the blocks; " + "; ".join(f"{name}: {text}" for name, text in WEIGHTS.items()) + " (default: keep)",
+    )
+    made.add_argument(
+        "--head",
+        choices=HEADS,
+        help="of the head, and of an embedding tied to it (default: int8 with int8 or int4 weights)",
+    )
+    made.add_argument(
+        "--activations", choices=list(ACTIVATIONS), help="and cache (default: fp32; with --weights fp16: fp16)"
     )
     made.add_argument("--portable", action="store_true", help="leave the kernel library out: any ONNX Runtime runs it")
     made.add_argument(
@@ -110,6 +120,8 @@ def _command(argv: Sequence[str]) -> None:
         out=arguments.out,
         runtime=arguments.runtime,
         weights=arguments.weights,
+        head=arguments.head,
+        activations=arguments.activations,
         portable=arguments.portable,
         verify=arguments.verify,
         pipeline=arguments.passes,
@@ -129,6 +141,10 @@ def _report(bundle: Bundle) -> None:
     say(f"\n{bundle.path}  ({manifest['name']} for {manifest['target']['name']}, {manifest['runtime']})")
     for name, file in manifest["files"].items():
         say(f"  {name:<28}{file['bytes'] / 1e6:10.2f} MB")
+    if manifest.get("quantization"):
+        from qsparse_export.quantization_report import summary
+
+        say("  " + summary(manifest["quantization"]))
     parity = manifest["parity"]
     if parity is None:
         say("  not verified (--verify none)")

@@ -66,7 +66,7 @@ def unpack_channels(packed: np.ndarray, n: int, bits: int) -> np.ndarray:
 def _codes(packed: np.ndarray, bits: int) -> np.ndarray:
     if bits == 8:
         return packed.view(np.int8)
-    nibbles = np.stack((packed & 15, packed >> 4), axis=-1).reshape(len(packed), -1)
+    nibbles = np.stack((packed & 15, packed >> 4), axis=-1).reshape(len(packed), 2 * packed.shape[1])
     return (nibbles ^ 8).astype(np.int8) - 8
 
 
@@ -94,7 +94,7 @@ def unpack_outputs(packed: np.ndarray, k: int, bits: int) -> np.ndarray:
         )
     if bits == 8:
         return (packed ^ 128).view(np.int8)
-    nibbles = np.stack((packed & 15, packed >> 4), axis=-1).reshape(len(packed), -1)[:, :k]
+    nibbles = np.stack((packed & 15, packed >> 4), axis=-1).reshape(len(packed), 2 * packed.shape[1])[:, :k]
     return nibbles.astype(np.int8) - 8
 
 

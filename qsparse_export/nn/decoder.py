@@ -43,12 +43,22 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), present
 
 
+class Embedding(nn.Embedding):
+    """Token embedding that can be the head too."""
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [B, S, hidden] to logits [B, S, vocab], reading the embedding where it lies."""
+        # Flattened, torch.onnx makes Gemm(transB=1) of it; in three dimensions it would transpose the embedding, which
+        # runtimes fold into a second copy.
+        return nn.functional.linear(hidden.flatten(0, 1), self.weight).unflatten(0, hidden.shape[:2])
+
+
 class DecoderBody(nn.Module):
     """Everything below the head: token ids to the last normalised hidden state."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling)
@@ -102,8 +112,7 @@ class Decoder(nn.Module):
         """
         batch, length = input_ids.shape
         if past is None:
-            embedding = self.model.embed_tokens.weight
-            empty = embedding.new_empty(batch, self.config.kv_heads, 0, self.config.head_dim)
+            empty = self.model.norm.weight.new_empty(batch, self.config.kv_heads, 0, self.config.head_dim)
             past = [(empty, empty)] * self.config.layers
         if attention_mask is None:
             attention_mask = input_ids.new_ones(batch, past[0][0].shape[2] + length)
@@ -114,9 +123,4 @@ class Decoder(nn.Module):
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [B, S, hidden] to logits [B, S, vocab]; a tied head reads the embedding where it lies."""
-        if self.lm_head is not None:
-            return self.lm_head(hidden)
-        # Flattened, torch.onnx makes Gemm(transB=1) of it; in three dimensions it would transpose the embedding, which
-        # runtimes fold into a second copy.
-        rows = nn.functional.linear(hidden.flatten(0, 1), self.model.embed_tokens.weight)
-        return rows.unflatten(0, hidden.shape[:2])
+        return self.model.embed_tokens.project(hidden) if self.lm_head is None else self.lm_head(hidden)

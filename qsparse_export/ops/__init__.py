@@ -29,6 +29,7 @@ OPS: dict[str, str] = {
     "TopKSparsify": "qsparse_export.ops.topk_sparsify",
     "TernaryMatMul": "qsparse_export.ops.ternary_matmul",
     "SparseTernaryMatMul": "qsparse_export.ops.sparse_ternary_matmul",
+    "SparseMatMul": "qsparse_export.ops.sparse_matmul",
     "SparseMatMulNBits": "qsparse_export.ops.sparse_matmul_nbits",
     "DenseMatMulNBits": "qsparse_export.ops.dense_matmul_nbits",
     "GatherNBits": "qsparse_export.ops.gather_nbits",

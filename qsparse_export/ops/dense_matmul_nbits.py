@@ -3,9 +3,11 @@
 ``y = x dequantize(w, scales)^T``. Nothing is skipped, so rows are outputs and lie in order (output-major,
 ``formats.nbits``); a tied embedding is the same two tensors, read by :mod:`~qsparse_export.ops.gather_nbits`.
 
-Sums are float32 in no particular order, rounded once to the type of x: an implementation may differ from the exact sum
-by the rounding of about K + 4 float32 operations on ``sum |x| (|code| + 2**(bits - 1)) scale``. A row of x that holds
-NaN or Inf gives a row of NaN. Magnitudes of x must stay below 2**96.
+Sums are float32 in no particular order, rounded once to the type of x. An implementation may differ from the exact sum
+by the rounding of about K + 4 float32 operations on ``sum |x| (|code| + 2**(bits - 1)) scale``, and may round each
+activation to 16 bits of the largest one of the 64 inputs around it (32 for 8 bits), by 1/65534 of that at most: the native kernels do
+(docs/adr/sixteen-bit-activations.md). A row of x that holds
+NaN or Inf gives a row of NaN.
 """
 
 from __future__ import annotations
@@ -172,47 +174,39 @@ def _schema() -> onnx.defs.OpSchema:
     return schema
 
 
-# Unpacking and transposing fold; DequantizeLinear along axis 0 and MatMul become ONNX Runtime's MatMulNBits (see
-# SparseMatMulNBits). The condition folds too, and its branch is inlined: 4-bit codes become uint4 again, so that what
-# stays in memory is as large as the file.
+# Unpacking and transposing fold, the condition too, and its branch is inlined; the branch not taken is checked all the
+# same, hence the padding there. DequantizeLinear along axis 0 and MatMul become ONNX Runtime's MatMulNBits (see
+# SparseMatMulNBits) of 4 bits, also for 8-bit weights, which are two planes of four: ONNX Runtime 1.32's 8-bit one with
+# activations in float32 dequantises the whole matrix at every call, ten times slower. Sum and not Add, which it would
+# fuse with one of the products to a Gemm of dequantised weights.
 BODY = """
 <domain: "ai.qsparse", opset_import: ["" : 23]>
 DenseMatMulNBits <n, k, bits, group> (x, w, scales) => (y)
 {
-  minus_one = Constant <value = int64[1] {-1}> ()
   last_axis = Constant <value = int64[1] {-1}> ()
   first = Constant <value = int64[1] {0}> ()
   one = Constant <value = int64[1] {1}> ()
   flat = Constant <value = int64[2] {0, -1}> ()
-  zero_index = Constant <value = int64 {0}> ()
-  one_index = Constant <value = int64 {1}> ()
-  two_index = Constant <value = int64 {2}> ()
   four_index = Constant <value = int64 {4}> ()
-  byte_bits = Constant <value = int64 {8}> ()
   code_bits = Constant <value_int: int = @bits> ()
   width = Constant <value_int: int = @k> ()
+  width_axis = Reshape (width, one)
+  four = Constant <value = uint8 {4}> ()
+  fifteen = Constant <value = uint8 {15}> ()
+  eight_byte = Constant <value = uint8 {8}> ()
+  zero_byte = Constant <value = uint8 {0}> ()
+  sixteen = Constant <value = float {16.0}> ()
   zero = Constant <value = float {0.0}> ()
   nan = Constant <value = float {nan}> ()
   largest = Constant <value = float {3.4028234663852886e38}> ()
 
-  shifts_int = Range (zero_index, byte_bits, code_bits)
-  shifts = Cast <to = 2> (shifts_int)
-  code_count = Pow (two_index, code_bits)
-  mask_int = Sub (code_count, one_index)
-  mask = Cast <to = 2> (mask_int)
-  half_int = Div (code_count, two_index)
-  half = Cast <to = 2> (half_int)
-  width_axis = Reshape (width, one)
-  bytes = Unsqueeze (w, last_axis)
-  shifted = BitShift <direction = "RIGHT"> (bytes, shifts)
-  codes_of_byte = BitwiseAnd (shifted, mask)
-  padded_codes = Reshape (codes_of_byte, flat)
-  codes = Slice (padded_codes, first, width_axis, last_axis)
-  codes_t = Transpose <perm = [1, 0]> (codes)
   wide_scales = Cast <to = 1> (scales)
   scales_t = Transpose <perm = [1, 0]> (wide_scales)
   scales_shape = Shape (scales_t)
-  zero_points = Expand (half, scales_shape)
+  middle_bytes = Expand (eight_byte, scales_shape)
+  middle = Cast <to = 21> (middle_bytes)
+  low_bytes = BitwiseAnd (w, fifteen)
+  high_bytes = BitShift <direction = "RIGHT"> (w, four)
 
   wide = Cast <to = 1> (x)
   absolute = Abs (wide)
@@ -222,19 +216,39 @@ DenseMatMulNBits <n, k, bits, group> (x, w, scales) => (y)
   product = If (is_4_bits) <
     then_branch = of_4_bits () => (product_of_4_bits)
     {
-      nibbles = Cast <to = 21> (codes_t)
-      nibble_zero_points = Cast <to = 21> (zero_points)
-      weights_of_4_bits = DequantizeLinear <axis = 0, block_size: int = @group> (nibbles, scales_t, nibble_zero_points)
-      product_of_4_bits = MatMul (finite_value, weights_of_4_bits)
+      low_column = Unsqueeze (low_bytes, last_axis)
+      high_column = Unsqueeze (high_bytes, last_axis)
+      pairs = Concat <axis = -1> (low_column, high_column)
+      padded_codes = Reshape (pairs, flat)
+      code_bytes = Slice (padded_codes, first, width_axis, last_axis)
+      code_bytes_t = Transpose <perm = [1, 0]> (code_bytes)
+      codes = Cast <to = 21> (code_bytes_t)
+      weights = DequantizeLinear <axis = 0, block_size: int = @group> (codes, scales_t, middle)
+      product_of_4_bits = MatMul (finite_value, weights)
     },
     else_branch = of_8_bits () => (product_of_8_bits)
     {
-      weights_of_8_bits = DequantizeLinear <axis = 0, block_size: int = @group> (codes_t, scales_t, zero_points)
-      product_of_8_bits = MatMul (finite_value, weights_of_8_bits)
+      none_bytes = Expand (zero_byte, scales_shape)
+      none = Cast <to = 21> (none_bytes)
+      row_bytes = Shape <start = -1> (w)
+      missing = Sub (width_axis, row_bytes)
+      pads = Concat <axis = 0> (first, missing)
+      low_of_width = Pad <mode = "constant"> (low_bytes, pads, zero_byte, last_axis)
+      high_of_width = Pad <mode = "constant"> (high_bytes, pads, zero_byte, last_axis)
+      low_bytes_t = Transpose <perm = [1, 0]> (low_of_width)
+      low_codes = Cast <to = 21> (low_bytes_t)
+      low = DequantizeLinear <axis = 0, block_size: int = @group> (low_codes, scales_t, none)
+      low_product = MatMul (finite_value, low)
+      high_bytes_t = Transpose <perm = [1, 0]> (high_of_width)
+      high_codes = Cast <to = 21> (high_bytes_t)
+      high_scales = Mul (scales_t, sixteen)
+      high = DequantizeLinear <axis = 0, block_size: int = @group> (high_codes, high_scales, middle)
+      high_product = MatMul (finite_value, high)
+      product_of_8_bits = Sum (low_product, high_product)
     }
   >
   finite_byte = Cast <to = 2> (finite)
-  finite_row_byte = ReduceMin <keepdims = 1> (finite_byte, minus_one)
+  finite_row_byte = ReduceMin <keepdims = 1> (finite_byte, last_axis)
   finite_row = Cast <to = 9> (finite_row_byte)
   result = Where (finite_row, product, nan)
   y = CastLike (result, x)

@@ -1,8 +1,9 @@
 """GatherNBits: rows of a 4- or 8-bit group-quantised matrix, dequantised: the embedding of a model whose head is n-bit.
 
-``y[i] = dequantize(w, scales)[ids[i]]``: code times scale in float32 (exact), rounded once to ``dtype``. The weights are
-output-major (``formats.nbits``), the very tensors of :mod:`~qsparse_export.ops.dense_matmul_nbits` where head and
-embedding are tied. Ids must be at least 0 and below N; an implementation refuses others.
+``y[i] = dequantize(w, scales)[ids[i]]``: code times scale in float32, which is exact. A model with float16 activations
+casts behind it: ONNX Runtime tells the types of a custom op by its inputs alone. The weights are output-major
+(``formats.nbits``), the very tensors of :mod:`~qsparse_export.ops.dense_matmul_nbits` where head and embedding are tied.
+Ids must be at least 0 and below N; an implementation refuses others.
 """
 
 from __future__ import annotations
@@ -20,82 +21,64 @@ from qsparse_export.ops.dense_matmul_nbits import check_operands, check_types, d
 if TYPE_CHECKING:
     import onnx
 
-_DTYPES = {1: (np.dtype(np.float32), torch.float32), 10: (np.dtype(np.float16), torch.float16)}
-"""ONNX type number -> dtypes of the result."""
 
-
-def _check_dtype(dtype: int) -> None:
-    if dtype not in _DTYPES:
-        raise UsageError(f"GatherNBits: dtype is {dtype}; expected the ONNX type 1 (float32) or 10 (float16)")
-
-
-def reference(
-    ids: np.ndarray, w: np.ndarray, scales: np.ndarray, k: int, bits: int, group: int, dtype: int
-) -> np.ndarray:
-    """The definition: ids int64 [...], w uint8 [N, output_row_bytes(k)], scales float16 [N, groups] to [..., k].
-
-    ``dtype`` is the ONNX number of the result's type, 1 or 10. UsageError when operands do not fit each other or an id
+def reference(ids: np.ndarray, w: np.ndarray, scales: np.ndarray, k: int, bits: int, group: int) -> np.ndarray:
+    """The definition: ids int64 [...], w uint8 [N, output_row_bytes(k)], scales float16 [N, groups] to float32
+    [..., k]. UsageError when operands do not fit each other or an id
     is outside 0..N-1.
     """
     check_operands("GatherNBits", w.shape, scales.shape, len(w), k, bits, group)
-    _check_dtype(dtype)
     if ids.size and (ids.min() < 0 or ids.max() >= len(w)):
         raise UsageError(f"GatherNBits: ids from {ids.min()} to {ids.max()}; expected 0 to {len(w) - 1}")
     rows = ids.reshape(-1)
     codes = nbits.unpack_outputs(w[rows], k, bits)
     values = codes * scales[rows][:, np.arange(k) // group].astype(np.float32)
-    with np.errstate(over="ignore"):
-        return values.reshape(*ids.shape, k).astype(_DTYPES[dtype][0])
+    return values.reshape(*ids.shape, k)
 
 
-def _check(ids: torch.Tensor, w: torch.Tensor, scales: torch.Tensor, k: int, bits: int, group: int, dtype: int) -> None:
+def _check(ids: torch.Tensor, w: torch.Tensor, scales: torch.Tensor, k: int, bits: int, group: int) -> None:
     if ids.dtype != torch.int64 or w.dim() != 2:
         raise UsageError(
             f"GatherNBits: ids are {ids.dtype} and w is {list(w.shape)}; expected int64 and [N, bytes of a row]"
         )
-    _check_dtype(dtype)
     check_types("GatherNBits", w, scales)
     check_operands("GatherNBits", tuple(w.shape), tuple(scales.shape), w.shape[0], k, bits, group)
 
 
 @torch.library.custom_op("qsparse::gather_nbits", mutates_args=())
 def gather_nbits(
-    ids: torch.Tensor, w: torch.Tensor, scales: torch.Tensor, k: int, bits: int, group: int, dtype: int
+    ids: torch.Tensor, w: torch.Tensor, scales: torch.Tensor, k: int, bits: int, group: int
 ) -> torch.Tensor:
-    """ids int64 [...], w uint8 [N, output_row_bytes(k)], scales float16 [N, groups] to [..., k] of ONNX type ``dtype``.
+    """ids int64 [...], w uint8 [N, output_row_bytes(k)], scales float16 [N, groups] to float32 [..., k].
 
     Raises UsageError on other shapes or types, and for an id outside 0..N-1. Not differentiable.
     """
-    _check(ids, w, scales, k, bits, group, dtype)
+    _check(ids, w, scales, k, bits, group)
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(w):
         raise UsageError(f"GatherNBits: ids from {int(ids.min())} to {int(ids.max())}; expected 0 to {len(w) - 1}")
-    return dequantized_rows(w[ids], scales[ids], k, bits, group).to(_DTYPES[dtype][1])
+    return dequantized_rows(w[ids], scales[ids], k, bits, group)
 
 
 @gather_nbits.register_fake
-def _(
-    ids: torch.Tensor, w: torch.Tensor, scales: torch.Tensor, k: int, bits: int, group: int, dtype: int
-) -> torch.Tensor:
-    _check(ids, w, scales, k, bits, group, dtype)
-    return scales.new_empty(*ids.shape, k, dtype=_DTYPES[dtype][1])
+def _(ids: torch.Tensor, w: torch.Tensor, scales: torch.Tensor, k: int, bits: int, group: int) -> torch.Tensor:
+    _check(ids, w, scales, k, bits, group)
+    return scales.new_empty(*ids.shape, k, dtype=torch.float32)
 
 
-def _translate(ids: Any, w: Any, scales: Any, k: int, bits: int, group: int, dtype: int) -> Any:
+def _translate(ids: Any, w: Any, scales: Any, k: int, bits: int, group: int) -> Any:
     import onnxscript
 
-    return onnxscript.values.Opset(DOMAIN, VERSION).GatherNBits(
-        ids, w, scales, k=k, bits=bits, group=group, dtype=dtype
-    )
+    return onnxscript.values.Opset(DOMAIN, VERSION).GatherNBits(ids, w, scales, k=k, bits=bits, group=group)
 
 
 def _schema() -> onnx.defs.OpSchema:
-    from onnx import TypeProto
+    from onnx import TensorProto, TypeProto
     from onnx.defs import OpSchema
 
     def infer(context: Any) -> None:
         ids = context.get_input_type(0)
         result = TypeProto()
-        result.tensor_type.elem_type = context.get_attribute("dtype").i
+        result.tensor_type.elem_type = TensorProto.FLOAT
         if ids.tensor_type.HasField("shape"):
             dims = result.tensor_type.shape.dim
             dims.extend(ids.tensor_type.shape.dim)
@@ -113,13 +96,12 @@ def _schema() -> onnx.defs.OpSchema:
             OpSchema.FormalParameter("w", "tensor(uint8)", "codes [N, output_row_bytes(k)]"),
             OpSchema.FormalParameter("scales", "tensor(float16)", "[N, groups]"),
         ],
-        outputs=[OpSchema.FormalParameter("y", "T", "[..., k]")],
-        type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "the type that the attribute dtype names")],
+        outputs=[OpSchema.FormalParameter("y", "tensor(float)", "[..., k]")],
+        type_constraints=[],
         attributes=[
             OpSchema.Attribute("k", integer, "width of a row", required=True),
             OpSchema.Attribute("bits", integer, "4 or 8", required=True),
             OpSchema.Attribute("group", integer, "channels that share a scale", required=True),
-            OpSchema.Attribute("dtype", integer, "type of y: 1 (float32) or 10 (float16)", required=True),
         ],
     )
     schema.set_type_and_shape_inference_function(infer)
@@ -129,7 +111,7 @@ def _schema() -> onnx.defs.OpSchema:
 # Rows are taken while they are packed, so that no more than these is ever unpacked.
 BODY = """
 <domain: "ai.qsparse", opset_import: ["" : 23]>
-GatherNBits <k, bits, group, dtype> (ids, w, scales) => (y)
+GatherNBits <k, bits, group> (ids, w, scales) => (y)
 {
   last_axis = Constant <value = int64[1] {-1}> ()
   first = Constant <value = int64[1] {0}> ()
@@ -170,8 +152,7 @@ GatherNBits <k, bits, group, dtype> (ids, w, scales) => (y)
   scale_rows = Gather <axis = 0> (scales, ids)
   scale_of_channel = Gather <axis = -1> (scale_rows, group_of_channel)
   wide_scale = Cast <to = 1> (scale_of_channel)
-  product = Mul (signed, wide_scale)
-  y = Cast <to: int = @dtype> (product)
+  y = Mul (signed, wide_scale)
 }
 """
 

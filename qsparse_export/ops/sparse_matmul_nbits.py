@@ -6,9 +6,11 @@ activations of a full-precision Q-Sparse model (arXiv 2407.10969v3, equation 1) 
 natural zeros are skipped. Weights and scales are channel-major (``formats.nbits``), those of the matrices side by side,
 each padded to 64 outputs; ``y`` is one long row without padding.
 
-Sums are float32 in no particular order, rounded once to the type of x: an implementation may differ from the exact sum
-by the rounding of about K + 4 float32 operations on ``sum |x| (|code| + 2**(bits - 1)) scale``. A masked row that holds
-NaN or Inf gives a row of NaN. Magnitudes of x must stay below 2**96.
+Sums are float32 in no particular order, rounded once to the type of x. An implementation may differ from the exact sum
+by the rounding of about K + 4 float32 operations on ``sum |x| (|code| + 2**(bits - 1)) scale``, and may round each
+activation to 16 bits of the largest one of the same group, by 1/65534 of that at most: the native kernels do
+(docs/adr/sixteen-bit-activations.md). A masked row that holds
+NaN or Inf gives a row of NaN.
 
 The torch op is the product alone, ``x`` masked already: node and torch op are the same with ``k`` = K.
 """

@@ -14,7 +14,9 @@ std::atomic<int64_t> calls[kOpCount][kMostVariants];
 }  // namespace
 
 const char* op_name(Op op) {
-  static const char* const names[kOpCount] = {"TopKSparsify", "TernaryMatMul", "SparseTernaryMatMul"};
+  static const char* const names[kOpCount] = {"TopKSparsify", "TernaryMatMul",     "SparseTernaryMatMul",
+                                              "SparseMatMul", "SparseMatMulNBits", "DenseMatMulNBits",
+                                              "GatherNBits"};
   return names[op];
 }
 
@@ -50,4 +52,13 @@ void qsparse_ort_reset_calls() {
   }
 }
 
-const char* qsparse_ort_ops() { return "TopKSparsify TernaryMatMul SparseTernaryMatMul"; }
+const char* qsparse_ort_ops() {
+  static const std::string names = [] {
+    std::string text;
+    for (int op = 0; op < qsparse_ort::kOpCount; ++op) {
+      text += (op > 0 ? " " : "") + std::string(qsparse_ort::op_name(static_cast<qsparse_ort::Op>(op)));
+    }
+    return text;
+  }();
+  return names.c_str();
+}

@@ -6,7 +6,16 @@
 
 namespace qsparse_ort {
 
-enum Op { kTopKSparsify, kTernaryMatMul, kSparseTernaryMatMul, kOpCount };
+enum Op {
+  kTopKSparsify,
+  kTernaryMatMul,
+  kSparseTernaryMatMul,
+  kSparseMatMul,
+  kSparseMatMulNBits,
+  kDenseMatMulNBits,
+  kGatherNBits,
+  kOpCount
+};
 const char* op_name(Op op);
 
 void count_call(Op op, const qsk_variant* variant);

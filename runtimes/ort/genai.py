@@ -12,7 +12,11 @@ def genai_config(model: Mapping[str, Any], graph: str, library: str | None) -> d
     ``library`` is the file name of the kernel library inside the bundle, or None for a portable bundle. Unknown keys are
     errors for genai, so that nothing of our own stands here.
     """
-    session: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
+    session: dict[str, Any] = {
+        "log_id": "onnxruntime-genai",
+        "provider_options": [],
+        "session.qdq_matmulnbits_accuracy_level": "1",  # as in runtimes/ort/runtime.py: activations are not rounded
+    }
     if library:
         session["custom_ops_library"] = library
     # genai 0.18 stops at id 0 (often a real token) when none is given: the last id is the least likely to be text.

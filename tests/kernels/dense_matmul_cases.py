@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from kernel_call import ELEMENT_TYPES, Call, unwritten
 from kernel_inputs import KINDS, ROWS, as_type, magnitudes
-from sparse_matmul_cases import EPS, SMALLEST
+from sparse_matmul_cases import EPS, FIXED_POINT, LEAST_MAGNITUDE, SMALLEST, largest_of_group
 
 from qsparse_export.formats import nbits
 
@@ -56,8 +56,9 @@ class DenseMatMul:
         good = np.isfinite(x).all(axis=1)
         assert np.isnan(y[~good]).all()
         expected = x[good] @ (self.codes * wide).T
-        size = np.abs(x[good]) @ ((np.abs(self.codes.astype(np.float64)) + (1 << self.bits - 1)) * wide).T
-        allowed = 2 * (self.x.shape[1] + 16) * EPS * size + SMALLEST
+        weights = ((np.abs(self.codes.astype(np.float64)) + (1 << self.bits - 1)) * wide).T
+        rounding = largest_of_group(x[good], 256 // self.bits) * FIXED_POINT + LEAST_MAGNITUDE
+        allowed = (2 * (self.x.shape[1] + 16) * EPS * np.abs(x[good]) + rounding) @ weights + SMALLEST
         with np.errstate(over="ignore"):
             rounded = expected.astype(np.float32).astype(y.dtype).astype(np.float64)
         if y.dtype == np.float16:
@@ -76,7 +77,7 @@ def cases(rng: np.random.Generator) -> Iterator[DenseMatMul]:
             for f in range(2):
                 bits, group = forms[(i + j + 3 * f) % len(forms)]
                 dtype = np.float16 if (i + f) % 3 == 0 else np.float32
-                scale = 1e-10 if kind == "huge" and dtype == np.float32 else 1  # documented: below 2**96
+                scale = 1e-10 if kind == "huge" and dtype == np.float32 else 1  # sums within float32
                 x = as_type(magnitudes(rng, ROWS[(i + j) % len(ROWS)], width, kind) * np.float32(scale), dtype)
                 yield _case(rng, x, outputs[(i + j + f) % len(outputs)], bits, group, 1 + j % 3)
     for bits, group in forms:

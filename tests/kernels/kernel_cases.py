@@ -9,9 +9,9 @@ references are written for speed; tests/runtimes/ort compares the same library w
 
 from __future__ import annotations
 
-import numpy as np
 import dense_matmul_cases
 import gather_cases
+import numpy as np
 import quantize_cases
 import sparse_matmul_cases
 import sparse_ternary_cases

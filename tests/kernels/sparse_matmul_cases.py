@@ -18,6 +18,19 @@ INT_TYPES = {8: 3, 4: 4}
 """QSK_INT8 and QSK_INT4 of qsk/status.h."""
 EPS = 2.0**-24
 SMALLEST = 2.0**-126
+FIXED_POINT = 1 / 65534
+"""Integer weights: activations are rounded to multiples of the largest of their group / 32767, by at most half of one."""
+LEAST_MAGNITUDE = 2.0**-100
+"""Below it activations count as zero."""
+
+
+def largest_of_group(x: np.ndarray, group: int) -> np.ndarray:
+    """|x| [rows, k] with every value replaced by the largest of its ``group`` consecutive ones."""
+    magnitude = np.abs(x)
+    starts = np.arange(0, x.shape[1], group)
+    if not len(starts):
+        return magnitude
+    return np.repeat(np.maximum.reduceat(magnitude, starts, axis=1), group, axis=1)[:, : x.shape[1]]
 
 
 class Args(ctypes.Structure):
@@ -114,6 +127,9 @@ class SparseMatMul:
         size = np.abs(masked[~bad]) @ (np.abs(self.weights.values) + self.weights.uncertain).T
         roundings = self.x.shape[1] + 16  # one per channel; per group, part and store; of x where it is rescaled
         allowed = 2 * roundings * EPS * size + SMALLEST
+        if self.weights.group:
+            rounding = largest_of_group(masked[~bad], self.weights.group) * FIXED_POINT + LEAST_MAGNITUDE
+            allowed = allowed + rounding @ (np.abs(self.weights.values) + self.weights.uncertain).T
         with np.errstate(over="ignore"):
             rounded = expected[~bad].astype(np.float32).astype(y.dtype).astype(np.float64)
         if y.dtype == np.float16:
@@ -132,7 +148,7 @@ def cases(rng: np.random.Generator) -> Iterator[SparseMatMul]:
             for f, form in enumerate(formats):
                 m, split = ROWS[(i + 3 * j + f) % len(ROWS)], splits[(i + j + 2 * f) % len(splits)]
                 dtype = np.float16 if (i + j + f) % 3 == 0 else np.float32
-                scale = 1e-10 if kind == "huge" and dtype == np.float32 else 1  # documented: below 2**96
+                scale = 1e-10 if kind == "huge" and dtype == np.float32 else 1  # sums within float32
                 x = as_type(magnitudes(rng, m, width, kind) * np.float32(scale), dtype)
                 weights = (
                     integer_weights(rng, split or (), width, *form)

@@ -26,7 +26,7 @@ from qsparse_export.errors import TargetError
 from qsparse_export.runtimes.ort.library import open_library
 
 SUPPORTED = open_library().supported
-DEPEND_ON_THE_VARIANT = {"sparse_matmul", "dense_matmul"}  # the generic one has no fused multiply-add
+DEPEND_ON_THE_VARIANT = {"sparse_matmul"}  # float weights, and the GEMM: the generic one has no fused multiply-add
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 
 

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsparse_export import ops
 from qsparse_export.errors import UsageError
 from qsparse_export.formats import nbits
 from qsparse_export.ops import topk_sparsify

@@ -1,5 +1,5 @@
-// The driver of DenseMatMulNBits: rows of x are laid out in the order in which the codes of a word are masked, then
-// the workers take runs of outputs.
+// The driver of DenseMatMulNBits: rows of x are laid out as the kernel multiplies them, then the workers take runs of
+// outputs. And GatherNBits, which has no other kernel.
 #include "qsk/dense_matmul_nbits.h"
 
 #include <math.h>
@@ -12,39 +12,37 @@
 namespace qsk {
 namespace {
 
-constexpr int64_t kLanes = 8;
+constexpr int64_t kLanes = 8;              // of which each has inputs of one group
 constexpr int64_t kPieceBytes = 64 << 10;  // of weights that a worker takes at a time
-constexpr int64_t kRowsBetween = 4;        // rows of x for which a piece stays in the first cache
 
 struct Plan {
   explicit Plan(const qsk_dense_matmul_nbits_args& given, const qsk_parallel* parallel) : args(given) {
+    weights = args.bits == 4 ? kInt4Weights : kInt8Weights;
     row_bytes = qsk_dense_row_bytes(args.k, args.bits);
     steps = ceil_div(row_bytes, 32);
-    planes_stride = steps * 256 / args.bits;
-    offsets_stride = steps * kLanes;
+    x_bytes = steps * static_cast<int64_t>(args.bits == 4 ? sizeof(DenseStep<4>) : sizeof(DenseStep<8>));
     piece_outputs = max_of(1, kPieceBytes / max_of(1, row_bytes));
     pieces = ceil_div(args.n, piece_outputs);
     workers = min_of(worker_count(parallel), max_of(1, pieces));
   }
   const qsk_dense_matmul_nbits_args& args;
-  int64_t row_bytes, steps, planes_stride, offsets_stride, piece_outputs, pieces, workers;
+  WeightType weights;
+  int64_t row_bytes, steps, x_bytes, piece_outputs, pieces, workers;
 };
 
 struct Workspace {
-  float* x;        // [k] a row converted from float16
-  float* planes;   // [m, planes_stride] x by step, plane and lane, divided by what the place of the codes multiplies
-  float* offsets;  // [m, offsets_stride] minus the zero point of a lane's codes
-  bool* is_bad;    // [m]
-  float* y;        // [workers, m, piece_outputs]
+  float* converted;  // [k] a row of float16
+  uint8_t* x;        // [m, x_bytes]
+  bool* is_bad;      // [m]
+  float* y;          // [workers, m, piece_outputs]
   int64_t bytes;
 };
 
 Workspace lay_out(const Plan& plan, void* base) {
   Scratch scratch(base);
   Workspace work = {};
-  work.x = scratch.take<float>(plan.args.type == QSK_FLOAT16 ? plan.args.k : 0);
-  work.planes = scratch.take<float>(plan.args.m * plan.planes_stride);
-  work.offsets = scratch.take<float>(plan.args.m * plan.offsets_stride);
+  work.converted = scratch.take<float>(plan.args.type == QSK_FLOAT16 ? plan.args.k : 0);
+  work.x = scratch.take<uint8_t>(plan.args.m * plan.x_bytes);
   work.is_bad = scratch.take<bool>(plan.args.m);
   work.y = scratch.take<float>(plan.workers * plan.args.m * plan.piece_outputs);
   work.bytes = scratch.used();
@@ -55,25 +53,15 @@ void prepare(const qsk_variant& variant, const Plan& plan, const Workspace& work
   const qsk_dense_matmul_nbits_args& args = plan.args;
   const float* x = static_cast<const float*>(args.x) + row * args.k;
   if (args.type == QSK_FLOAT16) {
-    variant.half->to_float(static_cast<const uint16_t*>(args.x) + row * args.k, args.k, work.x);
-    x = work.x;
+    variant.half->to_float(static_cast<const uint16_t*>(args.x) + row * args.k, args.k, work.converted);
+    x = work.converted;
   }
   work.is_bad[row] = variant.quantize->largest_magnitude(x, args.k) >= kInfinityBits;
-  const int64_t planes = 32 / args.bits;
-  const float zero_point = static_cast<float>(1 << (args.bits - 1));
-  for (int64_t step = 0; step < plan.steps; ++step) {
-    float* out = work.planes + row * plan.planes_stride + step * planes * kLanes;
-    float* offsets = work.offsets + row * plan.offsets_stride + step * kLanes;
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      float total = 0.0f;
-      for (int64_t plane = 0; plane < planes; ++plane) {
-        const int64_t input = (step * kLanes + lane) * planes + plane;
-        const float value = input < args.k ? x[input] : 0.0f;
-        out[plane * kLanes + lane] = value / static_cast<float>(1 << (args.bits * (plane % (planes / 2))));
-        total += value;
-      }
-      offsets[lane] = -zero_point * total;
-    }
+  uint8_t* out = work.x + row * plan.x_bytes;
+  if (work.is_bad[row]) {
+    memset(out, 0, plan.x_bytes);
+  } else {
+    variant.floats->lay_out_x[plan.weights](x, args.k, plan.steps, out);
   }
 }
 
@@ -81,23 +69,18 @@ void multiply_piece(const qsk_variant& variant, const Plan& plan, const Workspac
   const qsk_dense_matmul_nbits_args& args = plan.args;
   const int64_t begin = piece * plan.piece_outputs, outputs = min_of(plan.piece_outputs, args.n - begin);
   const int64_t groups = ceil_div(args.k, args.group);
-  for (int64_t row = 0; row < args.m; row += kRowsBetween) {
-    DenseRows rows = {};
-    rows.w = args.w + begin * plan.row_bytes;
-    rows.row_bytes = plan.row_bytes;
-    rows.scales = args.scales + begin * groups;
-    rows.scales_stride = groups;
-    rows.group = args.group;
-    rows.outputs = outputs;
-    rows.steps = plan.steps;
-    rows.planes = work.planes + row * plan.planes_stride;
-    rows.planes_stride = plan.planes_stride;
-    rows.offsets = work.offsets + row * plan.offsets_stride;
-    rows.offsets_stride = plan.offsets_stride;
-    rows.rows = min_of(kRowsBetween, args.m - row);
-    rows.y_stride = outputs;
-    variant.floats->dense[args.bits == 4 ? kInt4Weights : kInt8Weights](rows, y + row * outputs);
-  }
+  DenseRows rows = {};
+  rows.w = args.w + begin * plan.row_bytes;
+  rows.row_bytes = plan.row_bytes;
+  rows.scales = args.scales + begin * groups;
+  rows.scales_stride = groups;
+  rows.group = args.group;
+  rows.outputs = outputs;
+  rows.steps = plan.steps;
+  rows.x = work.x;
+  rows.rows = args.m;
+  rows.y_stride = outputs;
+  variant.floats->dense[plan.weights](rows, y);
   for (int64_t row = 0; row < args.m; ++row) {
     float* values = y + row * outputs;
     if (work.is_bad[row]) {
@@ -124,18 +107,16 @@ int check(const qsk_dense_matmul_nbits_args* args) {
 
 int check(const qsk_gather_nbits_args* args) {
   if (args == nullptr) return QSK_NULL_ARGUMENT;
-  if (args->type != QSK_FLOAT32 && args->type != QSK_FLOAT16) return QSK_BAD_TYPE;
   if (args->bits != 4 && args->bits != 8) return QSK_BAD_TYPE;
   if (args->count < 0 || args->k < 0 || args->n < 0 || args->group < 1) return QSK_BAD_SIZE;
   if (args->count > INT32_MAX || args->k > INT32_MAX - 64 || args->n > INT32_MAX) return QSK_BAD_SIZE;
   return QSK_OK;
 }
 
-void gather_row(const qsk_variant& variant, const qsk_gather_nbits_args& args, int64_t position, float* converted) {
+void gather_row(const qsk_variant& variant, const qsk_gather_nbits_args& args, int64_t position) {
   const int64_t id = args.ids[position], groups = ceil_div(args.k, args.group);
   const uint8_t* row = args.w + id * qsk_dense_row_bytes(args.k, args.bits);
-  const bool half = args.type == QSK_FLOAT16;
-  float* y = half ? converted : static_cast<float*>(args.y) + position * args.k;
+  float* y = args.y + position * args.k;
   const int zero_point = 1 << (args.bits - 1);
   for (int64_t group = 0; group < groups; ++group) {
     float scale;
@@ -146,7 +127,6 @@ void gather_row(const qsk_variant& variant, const qsk_gather_nbits_args& args, i
       y[c] = static_cast<float>(code - zero_point) * scale;
     }
   }
-  if (half) variant.half->from_float(y, args.k, static_cast<uint16_t*>(args.y) + position * args.k);
 }
 
 }  // namespace
@@ -182,12 +162,10 @@ int qsk_dense_matmul_nbits(const qsk_variant* variant, const qsk_dense_matmul_nb
   return QSK_OK;
 }
 
-int64_t qsk_gather_nbits_scratch_bytes(const qsk_gather_nbits_args* args, const qsk_parallel*) {
-  return qsk::check(args) == QSK_OK && args->type == QSK_FLOAT16 ? args->k * 4 : 0;
-}
+int64_t qsk_gather_nbits_scratch_bytes(const qsk_gather_nbits_args*, const qsk_parallel*) { return 0; }
 
-int qsk_gather_nbits(const qsk_variant* variant, const qsk_gather_nbits_args* args, const qsk_parallel* parallel,
-                     void* scratch, int64_t scratch_bytes) {
+int qsk_gather_nbits(const qsk_variant* variant, const qsk_gather_nbits_args* args, const qsk_parallel*, void*,
+                     int64_t) {
   int status = qsk::check(args);
   if (status == QSK_OK) status = qsk::resolve_variant(&variant);
   if (status != QSK_OK) return status;
@@ -195,12 +173,9 @@ int qsk_gather_nbits(const qsk_variant* variant, const qsk_gather_nbits_args* ar
   if (args->ids == nullptr || args->w == nullptr || args->scales == nullptr || args->y == nullptr) {
     return QSK_NULL_ARGUMENT;
   }
-  const int64_t needed = qsk_gather_nbits_scratch_bytes(args, parallel);
-  if (needed > 0 && scratch == nullptr) return QSK_NULL_ARGUMENT;
-  if (scratch_bytes < needed) return QSK_SCRATCH_TOO_SMALL;
   for (int64_t i = 0; i < args->count; ++i) {
     if (args->ids[i] < 0 || args->ids[i] >= args->n) return QSK_BAD_INDEX;
-    qsk::gather_row(*variant, *args, i, static_cast<float*>(scratch));
+    qsk::gather_row(*variant, *args, i);
   }
   return QSK_OK;
 }

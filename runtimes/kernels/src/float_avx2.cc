@@ -13,6 +13,8 @@ F8 zero() { return _mm256_setzero_ps(); }
 F8 splat(float x) { return _mm256_set1_ps(x); }
 F8 load(const float* p) { return _mm256_loadu_ps(p); }
 void store(float* p, F8 v) { _mm256_storeu_ps(p, v); }
+F8 add(F8 a, F8 b) { return _mm256_add_ps(a, b); }
+F8 mul(F8 a, F8 b) { return _mm256_mul_ps(a, b); }
 F8 fma(F8 a, F8 b, F8 c) { return _mm256_fmadd_ps(a, b, c); }
 F8 load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 F8 load_half_pair(const uint16_t* p) {
@@ -33,6 +35,43 @@ U8 flip(U8 v, uint32_t bits) { return _mm256_xor_si256(v, _mm256_set1_epi32(stat
 U8 mask(U8 v, uint32_t bits) { return _mm256_and_si256(v, _mm256_set1_epi32(static_cast<int32_t>(bits))); }
 U8 upper(U8 v) { return _mm256_srli_epi32(v, 16); }
 F8 to_float(U8 v) { return _mm256_cvtepi32_ps(v); }
+
+using I8 = __m256i;
+using W = __m256i;
+using D = __m256i;
+using H16 = __m256i;
+
+W pair_low(const uint8_t* a, const uint8_t* b) {
+  return _mm256_blend_epi16(load_words(a), _mm256_slli_epi32(load_words(b), 16), 0xaa);
+}
+W pair_high(const uint8_t* a, const uint8_t* b) {
+  return _mm256_blend_epi16(_mm256_srli_epi32(load_words(a), 16), load_words(b), 0xaa);
+}
+W flip16(W w, uint32_t bits) { return _mm256_xor_si256(w, _mm256_set1_epi16(static_cast<int16_t>(bits))); }
+W mask16(W w, uint32_t bits) { return _mm256_and_si256(w, _mm256_set1_epi16(static_cast<int16_t>(bits))); }
+W down8(W w) { return _mm256_srli_epi16(w, 8); }
+D fixed_pair(int32_t pair) { return _mm256_set1_epi32(pair); }
+I8 splat_int(int32_t x) { return _mm256_set1_epi32(x); }
+I8 load_int(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+void store_int(int32_t* p, I8 v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+I8 madd(I8 sums, W w, D d) {
+  sums = _mm256_add_epi32(sums, _mm256_madd_epi16(w, d));
+#if defined(__GNUC__)
+  __asm__("" : "+x"(sums));  // GCC 12 would keep it in memory: see ternary_avx2.cc
+#endif
+  return sums;
+}
+F8 from_int(I8 v) { return _mm256_cvtepi32_ps(v); }
+
+H16 load_halves(const uint8_t* p) { return load_words(p); }
+H16 low_bits(H16 h, uint32_t bits) { return mask16(h, bits); }
+template <int kBits>
+H16 shift(H16 h) {
+  return _mm256_srli_epi16(h, kBits);
+}
+I8 madd_halves(I8 sums, H16 codes, const int16_t* p) {
+  return madd(sums, codes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 
 // Lane numbers of the set bits, in order: the permutation that packs them.
 struct Packing {

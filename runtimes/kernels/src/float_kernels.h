@@ -15,12 +15,16 @@ struct FloatRows {
   const uint16_t* scales;  // float16 [outputs], of the group that all these channels belong to; integers only
   const int32_t* index;    // [count]
   const float* value;      // [count]
-  int64_t count;           // 1..kFloatRows
+  int64_t count;           // 1..kFloatRows, for integers 1..kCodeRows
   const int32_t* next;     // [next_count] read soon: prefetch them
-  int64_t next_count;
-  int64_t outputs;  // of a row, with padding: a multiple of 64 for integer weights
+  int64_t next_count;      // at most kFloatRows
+  int32_t* partial;        // [outputs] workspace, aligned to 32; integers only
+  int64_t outputs;         // of a row, with padding: a multiple of 64 for integer weights
 };
-constexpr int64_t kFloatRows = 32;
+// Rows that a kernel passes over at a time: with more streams than that, pages and hardware prefetchers run out (16
+// rows take 1.1 times, 32 rows 1.5 times as long out of memory).
+constexpr int64_t kFloatRows = 8;
+constexpr int64_t kCodeRows = 256;  // 32-bit sums of 16-bit activations times codes hold no more
 
 // The M > 1 path works on tiles of `channels` input channels times kFloatTileOutputs outputs, unpacked to panels of
 // kFloatPanelOutputs: [panel][channel][kFloatPanelOutputs].
@@ -39,8 +43,21 @@ struct FloatTile {
   int64_t outputs;         // 1..kFloatTileOutputs, below that only for the last tile of float weights
 };
 
-// Some outputs of a matrix that is read output by output (DenseMatMulNBits), and the rows of x, laid out by the driver:
-// step by step of 32 bytes of codes, plane i of word j being input j * planes + i of the step.
+// DenseMatMulNBits reads 32 bytes of codes at a step, that is so many inputs of one output.
+template <int Bits>
+constexpr int64_t kDenseStepInputs = 256 / Bits;
+
+// The activations of a step as `dense` multiplies them: multiples of `unit`, for the sixteen halves of its words by
+// plane, and what the zero points of each word's codes add.
+template <int Bits>
+struct DenseStep {
+  int16_t values[16 / Bits][16];
+  int32_t offset[8];
+  float unit;
+  float padding[7];  // to whole vectors
+};
+
+// Some outputs of a matrix that is read output by output.
 struct DenseRows {
   const uint8_t* w;  // [outputs, row_bytes]
   int64_t row_bytes;
@@ -49,10 +66,7 @@ struct DenseRows {
   int64_t group;  // inputs that share a scale
   int64_t outputs;
   int64_t steps;
-  const float* planes;  // [rows, planes_stride]: x by step, plane and lane, divided by what the codes' place multiplies
-  int64_t planes_stride;
-  const float* offsets;  // [rows, offsets_stride]: by step and lane, minus zero point times the sum of x
-  int64_t offsets_stride;
+  const void* x;  // [rows, steps] DenseStep
   int64_t rows;
   int64_t y_stride;
 };
@@ -73,6 +87,8 @@ struct FloatKernels {
   void (*multiply)(const float* panels, int64_t channels, const float* x, int64_t x_stride, int64_t rows, float* sums);
   // The positions and values of x that are not zero (NaN is not), in order; both outputs have room for n + 8 elements.
   int64_t (*compact)(const float* x, int64_t n, int32_t* index, float* value);
+  // A finite row of x as [steps] DenseStep, aligned to 32; integers only.
+  void (*lay_out_x[kWeightTypes])(const float* x, int64_t k, int64_t steps, void* laid_out);
   // y[row * y_stride + output] = the products; integers only.
   void (*dense[kWeightTypes])(const DenseRows& rows, float* y);
   FloatGemmCost cost[kWeightTypes];

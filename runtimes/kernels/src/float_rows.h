@@ -1,8 +1,9 @@
 // The kernels of products in floating point, written once in terms of eight-lane vectors F8 (float) and U8 (uint32_t),
 // which the including file defines for its instruction set together with their operations:
-//   zero() splat(x) load(p) store(p, v) fma(a, b, c)   load_half(p): 8 float16   nonzero(v): a bit per lane
+//   zero() splat(x) load(p) store(p, v) add(a, b) mul(a, b) fma(a, b, c)   load_half(p): 8 float16
+//   nonzero(v): a bit per lane   pack_nonzero(v, first_index, bits, index, value): writes the chosen lanes, and may
+//   write 8 elements
 //   load_words(p) flip(v, bits) mask(v, bits) upper(v): v >> 16   to_float(v): values below 2^31
-//   pack_nonzero(v, first_index, bits, index, value): writes the chosen lanes, and may write 8 elements
 // All is in an anonymous namespace: every file compiles it with the flags of its own instruction set.
 #ifndef QSK_SRC_FLOAT_ROWS_H_
 #define QSK_SRC_FLOAT_ROWS_H_
@@ -32,52 +33,10 @@ struct Codes {
   static constexpr float factor(int plane) { return 1.0f / static_cast<float>(1 << (Bits * (plane % kHalf))); }
 };
 
-template <int Bits>
-void add_words(const uint8_t* words, F8 value, F8* sums) {
-  using C = Codes<Bits>;
-  const U8 flipped = flip(load_words(words), C::kSigns);
-  const U8 high = upper(flipped);
-  QSK_UNROLL
-  for (int p = 0; p < C::kHalf; ++p) {
-    sums[p] = fma(value, to_float(mask(flipped, C::kCode << (Bits * p))), sums[p]);
-  }
-  QSK_UNROLL
-  for (int p = 0; p < C::kHalf; ++p) {
-    sums[C::kHalf + p] = fma(value, to_float(mask(high, C::kCode << (Bits * p))), sums[C::kHalf + p]);
-  }
-}
-
 // Fetches one line of each of the rows that are read next.
 inline void prefetch_line(const FloatRows& rows, int64_t byte) {
   for (int64_t i = 0; i < rows.next_count; ++i) {
     __builtin_prefetch(rows.w + rows.next[i] * rows.row_bytes + byte);
-  }
-}
-
-template <int Bits>
-void add_codes(const FloatRows& rows, float* sums) {
-  using C = Codes<Bits>;
-  constexpr int64_t kWordOutputs = kLanes * C::kPlanes;
-  constexpr int64_t kBytes = 32;
-  const uint8_t* row[kFloatRows];
-  float total = 0.0f;
-  for (int64_t i = 0; i < rows.count; ++i) {
-    row[i] = rows.w + rows.index[i] * rows.row_bytes;
-    total += rows.value[i];
-  }
-  const F8 offset = splat(-C::kZero * total);
-  for (int64_t first = 0, byte = 0; first < rows.outputs; first += kWordOutputs, byte += kBytes) {
-    if (byte % kLineBytes == 0) prefetch_line(rows, byte);
-    F8 part[C::kPlanes];
-    QSK_UNROLL
-    for (int p = 0; p < C::kPlanes; ++p) part[p] = zero();
-    for (int64_t i = 0; i < rows.count; ++i) add_words<Bits>(row[i] + byte, splat(rows.value[i]), part);
-    QSK_UNROLL
-    for (int p = 0; p < C::kPlanes; ++p) {
-      float* out = sums + first + p * kLanes;
-      const F8 product = fma(part[p], splat(C::factor(p)), offset);
-      store(out, fma(load_half(rows.scales + first + p * kLanes), product, load(out)));
-    }
   }
 }
 

@@ -106,6 +106,7 @@ struct Workspace {
   int64_t* active_count;      // [m]
   Active active[kBatchRows];  // of each row of a batch
   float* sums;                // [parts, batch rows, sums_stride]
+  int32_t* partial;           // [parts, sums_stride] of a kernel
   float* panels;              // [workers, kFloatTileChannels * kFloatTileOutputs]
   float* tile_sums;           // [workers, kTileRows * kFloatTileOutputs]
   float* y;                   // [workers, kFinishPiece] results before they are handed on
@@ -146,6 +147,7 @@ Workspace lay_out(const Plan& plan, int64_t workers, void* base) {
     work.active[row].value = scratch.take<float>(args.k + kSlack);
   }
   work.sums = scratch.take<float>(plan.parts * plan.batch_rows * plan.sums_stride);
+  work.partial = scratch.take<int32_t>(is_integer(args.weight_type) ? plan.parts * plan.sums_stride : 0);
   const bool several = args.m > 1;
   work.panels = scratch.take<float>(several ? workers * kFloatTileChannels * kFloatTileOutputs : 0);
   work.tile_sums = scratch.take<float>(several ? workers * kTileRows * kFloatTileOutputs : 0);
@@ -219,21 +221,28 @@ int64_t position_of(const Active& active, int64_t channel) {
 
 // The end of what one call of a kernel takes from position `begin` on: channels of one group.
 int64_t end_of_call(const Plan& plan, const Active& active, int64_t begin, int64_t end) {
-  int64_t last = min_of(end, begin + kFloatRows);
-  if (!is_integer(plan.args.weight_type) || begin >= end) return last;
+  if (!is_integer(plan.args.weight_type) || begin >= end) return min_of(end, begin + kFloatRows);
+  int64_t last = min_of(end, begin + kCodeRows);
   const int64_t group_end = (active.index[begin] / plan.args.group + 1) * plan.args.group;
   while (active.index[last - 1] >= group_end) --last;
   return last;
 }
 
-void add_channels(const Call& call, const Active& active, int64_t begin, int64_t end, float* sums) {
+void add_channels(const Call& call, const Active& active, int64_t begin, int64_t end, int32_t* partial, float* sums) {
   const Plan& plan = call.plan;
+  FloatRows rows = {};
+  rows.w = plan.row(0);
+  rows.row_bytes = plan.row_bytes;
+  rows.partial = partial;
+  rows.outputs = plan.columns;
   while (begin < end) {
     const int64_t next = end_of_call(plan, active, begin, end);
-    const int64_t next_end = end_of_call(plan, active, next, active.count);
-    const FloatRows rows = {plan.row(0),          plan.row_bytes,       plan.scales(active.index[begin]),
-                            active.index + begin, active.value + begin, next - begin,
-                            active.index + next,  next_end - next,      plan.columns};
+    rows.scales = plan.scales(active.index[begin]);
+    rows.index = active.index + begin;
+    rows.value = active.value + begin;
+    rows.count = next - begin;
+    rows.next = active.index + next;
+    rows.next_count = min_of(kFloatRows, active.count - next);
     call.variant.floats->add[plan.weights](rows, sums);
     begin = next;
   }
@@ -251,7 +260,8 @@ void add_part(const Call& call, const Active* batch, int64_t part, int64_t rows)
     const int64_t piece_end = min_of(end, channel + piece);
     for (int64_t row = 0; row < rows; ++row) {
       const Active& active = batch[row];
-      add_channels(call, active, position_of(active, channel), position_of(active, piece_end), sums + row * stride);
+      add_channels(call, active, position_of(active, channel), position_of(active, piece_end),
+                   call.work.partial + part * stride, sums + row * stride);
     }
   }
 }
@@ -278,7 +288,9 @@ void add_rows(const Call& call, int64_t first, int64_t rows) {
   Active batch[kBatchRows];
   for (int64_t row = 0; row < rows; ++row) {
     Active& active = batch[row] = call.work.active[row];
-    active.count = call.variant.floats->compact(call.x(first + row), plan.args.k, active.index, active.value);
+    active.count = call.work.is_bad[first + row]
+                       ? 0
+                       : call.variant.floats->compact(call.x(first + row), plan.args.k, active.index, active.value);
   }
   Pieces parts(plan.parts);
   auto add = [&](int64_t) {

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from qsparse_export import ops
 from qsparse_export.errors import TargetError
 from qsparse_export.formats import ternary
 from qsparse_export.ops.sparse_ternary_matmul import reference as sparse_reference
@@ -271,7 +272,7 @@ def test_no_memory_is_lost_or_grows(library: Library) -> None:
 
 
 def test_library_facts(library: Library, tmp_path: Path) -> None:
-    assert library.ops == ("TopKSparsify", "TernaryMatMul", "SparseTernaryMatMul")
+    assert library.ops == tuple(ops.OPS)
     assert library.version.count(".") == 2
     assert library.chosen() == library.supported[-1]
     with pytest.raises(TargetError, match="cannot be used as the kernel library"):

@@ -26,23 +26,23 @@ typedef struct qsk_dense_matmul_nbits_args {
 } qsk_dense_matmul_nbits_args;
 
 // y = x dequantize(w)^T, summed in float32. The bits do not depend on the number of threads, but on the variant. A row
-// with NaN or Inf gives a row of NaN; |x| must stay below 2^96.
+// with NaN or Inf gives a row of NaN.
 QSK_API int64_t qsk_dense_matmul_nbits_scratch_bytes(const qsk_dense_matmul_nbits_args* args,
                                                      const qsk_parallel* parallel);
 QSK_API int qsk_dense_matmul_nbits(const qsk_variant* variant, const qsk_dense_matmul_nbits_args* args,
                                    const qsk_parallel* parallel, void* scratch, int64_t scratch_bytes);
 
 typedef struct qsk_gather_nbits_args {
-  int type;            // of y: QSK_FLOAT32 or QSK_FLOAT16
   const int64_t* ids;  // [count], each 0..n-1
   const uint8_t* w;    // as above
   const uint16_t* scales;
-  void* y;  // [count, k], contiguous
+  float* y;  // [count, k], contiguous
   int64_t count, k, n;
   int64_t bits, group;  // any group of at least 1
 } qsk_gather_nbits_args;
 
-// y[i] = code * scale of row ids[i], rounded once. QSK_BAD_INDEX for an id outside 0..n-1; y is unspecified then.
+// y[i] = code * scale of row ids[i]. No scratch is needed. QSK_BAD_INDEX for an id outside 0..n-1; y is unspecified
+// then.
 QSK_API int64_t qsk_gather_nbits_scratch_bytes(const qsk_gather_nbits_args* args, const qsk_parallel* parallel);
 QSK_API int qsk_gather_nbits(const qsk_variant* variant, const qsk_gather_nbits_args* args,
                              const qsk_parallel* parallel, void* scratch, int64_t scratch_bytes);

@@ -35,8 +35,7 @@ typedef struct qsk_sparse_matmul_args {
 } qsk_sparse_matmul_args;
 
 // y = (x * mask) w, summed in float32. The bits do not depend on the number of threads, but on the variant: sums have
-// no order by definition. With integer weights a masked row with NaN or Inf gives a row of NaN, and |x| must stay below
-// 2^96. Weights must be finite.
+// no order by definition. With integer weights a masked row with NaN or Inf gives a row of NaN. Weights must be finite.
 QSK_API int64_t qsk_sparse_matmul_scratch_bytes(const qsk_sparse_matmul_args* args, const qsk_parallel* parallel);
 QSK_API int qsk_sparse_matmul(const qsk_variant* variant, const qsk_sparse_matmul_args* args,
                               const qsk_parallel* parallel, void* scratch, int64_t scratch_bytes);
