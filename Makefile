@@ -46,7 +46,7 @@ $(VENV)/.installed: $(SOURCES) $(VENV)/.torch
 	touch $@
 
 $(VENV)/.tested: $(SOURCES) $(VENV)/.torch
-	$(PIP) install '.[dev,hf,genai]'
+	$(PIP) install '.[dev,hf,genai,bench]'
 	touch $@ $(VENV)/.installed
 
 clean:

@@ -11,12 +11,13 @@ import onnx_ir as ir
 from qsparse_export.passes.base import Pass, PassResult
 
 SCOPE = "ai.qsparse.scope"
+_OURS = "ai.qsparse."
 _EXPORTER_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass(frozen=True)
 class AnnotateScope(Pass):
-    """Replaces all metadata by ``ai.qsparse.scope``, the qualified name of the PyTorch module of each node.
+    """Replaces all metadata but our own by ``ai.qsparse.scope``, the qualified name of the PyTorch module of each node.
 
     Before: ``metadata_props = {pkg.torch.onnx.stack_trace: "/home/...", ...}``.
     After: ``metadata_props = {ai.qsparse.scope: "model.layers.0.mlp.down_proj"}``.
@@ -42,7 +43,9 @@ class AnnotateScope(Pass):
 
 def _annotate(node: ir.Node) -> bool:
     scope = _scope(node)
-    wanted = {SCOPE: scope} if scope else {}
+    wanted = {key: text for key, text in node.metadata_props.items() if key.startswith(_OURS)}
+    if scope:
+        wanted[SCOPE] = scope
     modified = dict(node.metadata_props) != wanted or bool(node.doc_string)
     node.metadata_props.clear()
     node.metadata_props.update(wanted)

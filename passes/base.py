@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
 import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import ClassVar
 
@@ -13,9 +16,11 @@ from onnx_ir.passes import InPlacePass, PassResult
 from qsparse_export.errors import UsageError, near_names
 from qsparse_export.passes import PASSES
 
-__all__ = ["Pass", "PassResult", "parse_pipeline", "run_pipeline"]
+__all__ = ["OnPass", "Pass", "PassResult", "parse_pipeline", "run_pipeline", "weights_unread"]
 
-_SPEC = re.compile(r"([a-z0-9-]+)(?:\{([^{}]*)\})?")
+_SPEC = re.compile(
+    r"(?P<sign>[+-]?)(?P<name>[a-z0-9][a-z0-9-]*)(?:\{(?P<options>[^{}]*)\})?(?:@(?P<before>[a-z0-9-]+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -42,17 +47,51 @@ def _spell(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def parse_pipeline(spec: str) -> tuple[Pass, ...]:
-    """``"eliminate-dead,fold-constants{limit=1024}"`` to passes; UsageError names what is unknown, with near names."""
-    passes, at = [], 0
-    spec = spec.replace(" ", "")
+def parse_pipeline(spec: str, default: str = "") -> tuple[Pass, ...]:
+    """``"eliminate-dead,fold-constants{limit=1024}"`` to passes; UsageError names what is unknown, with near names.
+
+    ``default`` among them stands for that whole pipeline, and what follows edits what stands before it: ``-NAME`` takes
+    every pass of that name out, ``+NAME{...}@OTHER`` puts one before the first OTHER. ``default,-fuse-topk,+check@fuse-ternary``.
+    """
+    passes: list[Pass] = []
+    for sign, name, options, before in _items(spec):
+        if sign == "-":
+            if options or before:
+                raise UsageError(f"pipeline {spec!r}: -{name} takes every {name} out, whatever its options")
+            pass_class(name)
+            left = [step for step in passes if step.name != name]
+            if len(left) == len(passes):
+                raise UsageError(f"pipeline {spec!r}: there is no {name} to take out; there is {_names(passes)}")
+            passes = left
+        elif sign == "+":
+            at = next((i for i, step in enumerate(passes) if step.name == before), None)
+            if at is None:
+                raise UsageError(f"pipeline {spec!r}: +{name} goes before a pass (+{name}@PASS) of {_names(passes)}")
+            passes.insert(at, _make(name, options))
+        elif before:
+            raise UsageError(f"pipeline {spec!r}: {name}@{before}; expected +{name}@{before}")
+        elif name == "default" and not options:
+            passes.extend(parse_pipeline(default))
+        else:
+            passes.append(_make(name, options))
+    return tuple(passes)
+
+
+def _items(spec: str) -> Iterator[tuple[str, str, str, str]]:
+    """Sign, name, options and the pass after the @, of each item."""
+    spec, at = spec.replace(" ", ""), 0
     while at < len(spec):
         match = _SPEC.match(spec, at)
         if not match or (match.end() < len(spec) and spec[match.end()] != ","):
-            raise UsageError(f"pipeline {spec!r}: expected name or name{{option=value,...}} at character {at}")
-        passes.append(_make(match[1], match[2] or ""))
+            raise UsageError(
+                f"pipeline {spec!r}: expected name, name{{option=value,...}}, default, -name or +name@other at character {at}"
+            )
+        yield match["sign"], match["name"], match["options"] or "", match["before"] or ""
         at = match.end() + 1
-    return tuple(passes)
+
+
+def _names(passes: Sequence[Pass]) -> str:
+    return ", ".join(dict.fromkeys(step.name for step in passes)) or "none so far"
 
 
 def pass_class(name: str) -> type[Pass]:
@@ -61,6 +100,14 @@ def pass_class(name: str) -> type[Pass]:
         raise UsageError(f"unknown pass {name!r}; {near_names(name, PASSES)}")
     module, _, cls = PASSES[name].partition(":")
     return getattr(importlib.import_module(f"qsparse_export.passes.{module}"), cls)
+
+
+def described(name: str) -> str:
+    """What the pass called ``name`` does, its options with their defaults, and its Before and After."""
+    cls = pass_class(name)
+    options = [f"{f.name}: {f.type} = {_spell(f.default)}" for f in fields(cls)]
+    text = inspect.cleandoc(cls.__doc__ or "")
+    return text + (f"\n\nOptions: {', '.join(options)}" if options else "")
 
 
 def _make(name: str, options: str) -> Pass:
@@ -87,9 +134,30 @@ def _value(name: str, field: Field, text: str) -> object:
     return text
 
 
-def run_pipeline(model: ir.Model, pipeline: tuple[Pass, ...]) -> bool:
+OnPass = Callable[[int, Pass, ir.Model], None]
+"""Is shown the number of a pass in its pipeline (from 1), the pass, and the graph after it, which it must not change."""
+
+
+def run_pipeline(model: ir.Model, pipeline: tuple[Pass, ...], on_pass: OnPass | None = None) -> bool:
     """Runs the passes in order on ``model``; True when any of them changed it."""
     modified = False
-    for step in pipeline:
+    for number, step in enumerate(pipeline, 1):
         modified |= step(model).modified
+        if on_pass is not None:
+            on_pass(number, step, model)
     return modified
+
+
+@contextlib.contextmanager
+def weights_unread(model: ir.Model) -> Iterator[None]:
+    """Inside, lazy initialisers have no value: onnx's own functions would read the small ones, each a whole matrix of the
+    checkpoint, and hide what is wrong with it in an error of theirs."""
+    lazy = [value for value in model.graph.initializers.values() if isinstance(value.const_value, ir.LazyTensor)]
+    values = [value.const_value for value in lazy]
+    for value in lazy:
+        value.const_value = None
+    try:
+        yield
+    finally:
+        for value, tensor in zip(lazy, values, strict=True):
+            value.const_value = tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from qsparse_export.loader import Model
+    from qsparse_export.passes.base import OnPass
     from qsparse_export.runtimes.base import Runtime
     from qsparse_export.targets.target import Target
     from qsparse_export.weights import WeightSource
@@ -27,7 +28,7 @@ class Options:
     """How to compile. ``weights``: keep (ternary stays ternary, floats become float32 without loss), fp32, fp16, ternary
     (BitNet quantisation of every block linear), int8 or int4 (groups). ``head`` and ``activations``: see
     :func:`qsparse_export.precision.precision`. ``portable`` leaves the kernel library out. ``pipeline`` is a spec string of
-    passes (None: the default). ``with_bench`` adds qsparse-device-bench."""
+    passes, or an edit of the default one (None: the default). ``with_bench`` adds qsparse-device-bench."""
 
     target: str = "cpu"
     runtime: str = "ort"
@@ -39,6 +40,7 @@ class Options:
     pipeline: str | None = None
     force: bool = False
     with_bench: bool = False
+    on_pass: OnPass | None = None
 
 
 def export(
@@ -55,34 +57,43 @@ def export(
     pipeline: str | None = None,
     force: bool = False,
     name: str | None = None,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     with_bench: bool = False,
     on_stage: Callable[[str], None] | None = None,
+    on_pass: OnPass | None = None,
 ) -> Bundle:
     """Compiles ``model`` for ``target`` into the folder ``out`` (default: NAME-TARGET in the working directory).
 
     ``model`` is what :func:`qsparse_export.load` returned, a trained :class:`qsparse_export.nn.decoder.Decoder`, or any
     module or exported program of tensors; a module that is no decoder needs ``example_inputs`` (and ``dynamic_shapes`` as
     for torch.export). Before success the bundle is run against PyTorch (see :mod:`qsparse_export.verify`) and written
-    atomically. A target whose runtime can load no library gets the function bodies alone. ``with_bench`` puts
-    qsparse-device-bench into the bundle of a decoder. ``on_stage`` is told the name of each stage as it starts.
+    atomically. An ONNX file is verified against itself, run by ONNX Runtime on ``example_inputs`` by name, or on inputs
+    that are made up. A target whose runtime can load no library gets the function bodies alone. ``with_bench`` puts
+    qsparse-device-bench into the bundle of a decoder. ``on_stage`` is told the name of each stage as it starts, ``on_pass``
+    the graph after each pass.
 
     Raises a :class:`qsparse_export.errors.QSparseError`: nothing is left in ``out`` then.
     """
     from qsparse_export.compile import check_target
+    from qsparse_export.foreign import export_onnx
     from qsparse_export.runtimes import get_runtime
     from qsparse_export.targets.target import load_target
 
     device, backend = load_target(target), get_runtime(runtime)
     dtype = "float16" if "fp16" in (weights, activations) else "float32"
     native = check_target(device, backend, portable=portable, dtype=dtype, with_bench=with_bench)
-    options = Options(target, runtime, weights, head, activations, not native, verify, pipeline, force, with_bench)
+    options = Options(
+        target, runtime, weights, head, activations, not native, verify, pipeline, force, with_bench, on_pass
+    )
     tell = on_stage or (lambda _stage: None)
-    loaded = as_model(model, name, example_inputs, dynamic_shapes)
+    positional = None if isinstance(example_inputs, Mapping) else example_inputs
+    loaded = as_model(model, name, positional, dynamic_shapes)
     folder = Path(out) if out is not None else Path.cwd() / f"{loaded.name}-{device.name}"
     with staged(folder, force=force) as staging:
-        if loaded.config is None:
+        if loaded.onnx is not None:
+            manifest = export_onnx(loaded, loaded.onnx, device, backend, options, example_inputs, staging, tell)
+        elif loaded.config is None:
             manifest = _export_module(loaded, device, backend, options, staging, tell)
         else:
             manifest = _export_decoder(loaded, loaded.config, device, backend, options, staging, tell)
@@ -131,24 +142,29 @@ def _export_decoder(
     from qsparse_export.compile import add_decoder_files, add_device_bench, compile_graph, verification_record
     from qsparse_export.exporter import decoder_graph
     from qsparse_export.nn.quantized_source import QuantizedSource
+    from qsparse_export.ops.cached_attention import SHARED_CACHE
     from qsparse_export.quantization_report import quantization_table
 
     chosen = precision(config, options.weights, options.head, options.activations)
     config = chosen.config
     source = QuantizedSource(model.weights, chosen.formats, config.tied_embeddings)
     tell("export")
-    graph = decoder_graph(config, source, getattr(torch, chosen.dtype), chosen.formats)
+    graph = decoder_graph(config, source, torch.float32, chosen.formats)
     tell("lower")
-    pipeline = _lower(graph, options)
+    pipeline = _lower(graph, target, options, narrow=chosen.dtype == "float16")
+    _require_dtype(graph, chosen.dtype, pipeline)
     tell("compile")
     files = compile_graph(graph, target, runtime, folder, native=not options.portable)
-    add_decoder_files(folder, files, config, model.tokenizer.read() if model.tokenizer else None)
+    shares_cache = graph.metadata_props.get(SHARED_CACHE) == "true"
+    tokenizer = model.tokenizer.read() if model.tokenizer else None
+    add_decoder_files(folder, files, config, tokenizer, shares_cache=shares_cache)
     if options.with_bench:
         add_device_bench(folder, target)
-    manifest = _manifest("decoder", model, target, runtime, options, pipeline)
+    manifest = manifest_of("decoder", model, target, runtime, options, pipeline)
     manifest |= {
         "dtype": chosen.dtype,
         "model": config.to_dict(),
+        "head": options.head or ("int8" if chosen.formats.head else "keep"),
         "sparsity": sparsity_table(config),
         "quantization": quantization_table(chosen.formats, source) if chosen.is_quantized else None,
     }
@@ -199,18 +215,18 @@ def _export_module(
         raise UsageError(
             f"--weights {options.weights} needs a decoder; quantise this module with qsparse_export.nn.sparsify first"
         )
-    if options.with_bench:
-        raise UsageError("--with-bench needs a decoder: qsparse-device-bench generates tokens, which a module does not")
     if options.head not in (None, "keep") or options.activations not in (None, "fp32"):
         raise UsageError("--head and --activations need a decoder; this module is exported as it is")
+    if options.with_bench:
+        raise UsageError("--with-bench needs a decoder: qsparse-device-bench generates tokens, which a module does not")
     assert model.program is not None
     tell("export")
     graph = module_graph(model.program)
     tell("lower")
-    pipeline = _lower(graph, options)
+    pipeline = _lower(graph, target, options)
     tell("compile")
     compile_graph(graph, target, runtime, folder, native=not options.portable)
-    manifest = _manifest("module", model, target, runtime, options, pipeline)
+    manifest = manifest_of("module", model, target, runtime, options, pipeline)
     if options.verify != "none":
         tell("verify")
         manifest["parity"] = verify_module(
@@ -220,11 +236,24 @@ def _export_module(
     return manifest
 
 
-def _lower(graph: ir.Model, options: Options) -> str:
+def _lower(graph: ir.Model, target: Target, options: Options, *, narrow: bool = False) -> str:
     from qsparse_export.lower import lower
-    from qsparse_export.passes.pipelines import DEFAULT
+    from qsparse_export.passes.pipelines import pipeline_for
 
-    return lower(graph, DEFAULT if options.pipeline is None else options.pipeline)
+    native_ops = target.native_ops if target.runs_native(options.portable) else frozenset()
+    return lower(graph, options.pipeline, pipeline_for(native_ops, narrow=narrow), options.on_pass)
+
+
+def _require_dtype(graph: ir.Model, dtype: str, pipeline: str) -> None:
+    """UsageError when a pipeline of the user's own left the graph in another type than the one asked for."""
+    import onnx_ir
+
+    made = "float16" if graph.graph.outputs[0].dtype == onnx_ir.DataType.FLOAT16 else "float32"
+    if made != dtype:
+        raise UsageError(
+            f"the passes make a {made} graph and the options ask for {dtype}: the pass float16, before attach-bodies, is "
+            f"what narrows it (--weights fp16 or --activations fp16 bring it along); the passes were {pipeline}"
+        )
 
 
 def sparsity_table(config: ModelConfig) -> list[dict[str, Any]]:
@@ -257,9 +286,10 @@ def sparsity_table(config: ModelConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def _manifest(
+def manifest_of(
     kind: str, model: Model, target: Target, runtime: Runtime, options: Options, pipeline: str
 ) -> dict[str, Any]:
+    """What every manifest says, whatever was compiled."""
     from qsparse_export import __version__
     from qsparse_export.compile import library_record
     from qsparse_export.versions import tool_versions

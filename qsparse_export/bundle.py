@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qsparse_export.errors import BundleError, TargetError
 
 if TYPE_CHECKING:
-    from qsparse_export.generate import Generator
+    from qsparse_export.generate import DecoderShape, Generator
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -88,25 +88,36 @@ class Bundle:
         ``native=None`` runs the kernels unless the bundle was made portable; False runs the function bodies.
         Raises TargetError when the bundle's target is another machine and kernels are asked for.
         """
-        from qsparse_export.generate import DecoderShape, Generator
+        from qsparse_export.generate import Generator
         from qsparse_export.runtimes import get_runtime
 
-        if self.manifest["kind"] != "decoder":
-            raise BundleError(f"{self.path} holds a {self.manifest['kind']}, which does not generate text")
+        shape = self.decoder_shape()
         native = self.manifest["native"] if native is None else native
         if native:
             self.require_host()
         session = get_runtime(self.manifest["runtime"]).open(self.path, threads=threads, native=native)
-        model = self.manifest["model"]
-        shape = DecoderShape(
-            vocab_size=model["vocab_size"],
-            kv_heads=model["kv_heads"],
-            head_dim=model["head_dim"],
-            max_positions=model["max_positions"],
-            eos_token_ids=tuple(model["eos_token_ids"]),
-            dtype=self.manifest["dtype"],
-        )
         return Generator(session, shape, self.path / "tokenizer.json")
+
+    def decoder_shape(self) -> DecoderShape:
+        """What the generation loop must know; BundleError when the bundle holds no decoder."""
+        from qsparse_export.generate import DecoderShape
+
+        if self.manifest["kind"] != "decoder":
+            raise BundleError(f"{self.path} holds a {self.manifest['kind']}, which does not generate text")
+        try:
+            model = self.manifest["model"]
+            return DecoderShape(
+                vocab_size=model["vocab_size"],
+                kv_heads=model["kv_heads"],
+                head_dim=model["head_dim"],
+                max_positions=model["max_positions"],
+                eos_token_ids=tuple(model["eos_token_ids"]),
+                dtype=self.manifest["dtype"],
+            )
+        except (KeyError, TypeError) as error:
+            raise BundleError(
+                f"{self.path / MANIFEST} does not describe a decoder ({error}); export it again"
+            ) from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -34,6 +34,10 @@ class BundleError(QSparseError):
     """A bundle is damaged, incomplete, or was made for something else."""
 
 
+class MeasurementError(QSparseError):
+    """A benchmark's report is damaged, of another kind, or cannot be written."""
+
+
 class ParityError(QSparseError):
     """The exported model does not compute what the PyTorch model computes."""
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DOMAIN = "ai.qsparse"
 _PRODUCTS_OF_FUSED = {"SparseTernaryMatMul": "TernaryMatMul", "SparseMatMulNBits": None, "SparseMatMul": None}
 """Ops with a mask of their own -> the op that chooses in each of their matrices, None where products are continuous."""
-_WITHOUT_CHOICES = frozenset({"DenseMatMulNBits", "GatherNBits"})
+_WITHOUT_CHOICES = frozenset({"DenseMatMulNBits", "GatherNBits", "CachedAttention", "GatedActivation", "AddRmsNorm"})
 
 
 @dataclass(frozen=True)
@@ -58,25 +58,27 @@ class IllegitimateChoice:
 
 
 def choice_taps(graph: ir.Model) -> tuple[Tap, ...]:
-    """The taps of all ops of domain ``ai.qsparse``, in the order in which PyTorch calls them.
+    """The taps of all ops of domain ``ai.qsparse`` that choose, in the order in which PyTorch calls them.
 
     TopKSparsify shows its choice in its output (what is not zero was kept), TernaryMatMul in its input. A node with a mask
     of its own (SparseTernaryMatMul, SparseMatMulNBits, SparseMatMul) stands for the calls that it was made of, and shows the
     choices of all of them in its input. Ops that only multiply or look up in floating point choose nothing.
     """
+    from qsparse_export.passes.lower_inline_bodies import choosing_nodes
+
+    return tuple(tap for node in choosing_nodes(graph) for tap in taps_of(node))
+
+
+def taps_of(node: ir.Node) -> list[Tap]:
+    """The taps of one node of domain ``ai.qsparse``."""
     from qsparse_export.passes.annotate_scope import SCOPE
 
-    taps: list[Tap] = []
-    for node in graph.graph:
-        if node.domain == DOMAIN:
-            value = node.outputs[0] if node.op_type == "TopKSparsify" else node.inputs[0]
-            assert value is not None and value.name is not None
-            scope = node.metadata_props.get(SCOPE, node.name or "")
-            if node.op_type in _PRODUCTS_OF_FUSED:
-                taps.extend(_fused_taps(node, value, scope))
-            elif node.op_type not in _WITHOUT_CHOICES:
-                taps.append(Tap(node.op_type, value.name, scope))
-    return tuple(taps)
+    value = node.outputs[0] if node.op_type == "TopKSparsify" else node.inputs[0]
+    assert value is not None and value.name is not None
+    scope = node.metadata_props.get(SCOPE, node.name or "")
+    if node.op_type in _PRODUCTS_OF_FUSED:
+        return _fused_taps(node, value, scope)
+    return [] if node.op_type in _WITHOUT_CHOICES else [Tap(node.op_type, value.name, scope)]
 
 
 def _fused_taps(node: ir.Node, value: ir.Value, scope: str) -> list[Tap]:
@@ -129,14 +131,15 @@ class Guide(TorchDispatchMode):
         if kept is None:
             return own
         mask = kept != 0
-        self._check_mask(tap, x.float(), mask, own != 0)
+        self.check_mask(tap, x.float(), mask, own != 0)
         masked = torch.where(mask, x, 0)
         if rescale == "none":
             return masked
         # Nothing more to choose: the rescale alone, on all that is left.
         return topk_sparsify(masked, min(x.shape[-1], block or x.shape[-1]), block, rescale)
 
-    def _check_mask(self, tap: Tap, x: torch.Tensor, mask: torch.Tensor, own: torch.Tensor) -> None:
+    def check_mask(self, tap: Tap, x: torch.Tensor, mask: torch.Tensor, own: torch.Tensor) -> None:
+        """Compares ``mask``, which the compiled model chose, with the judge's ``own`` for ``x``, all [..., K]."""
         differs = (mask != own).flatten(0, -2)
         rows = differs.any(-1).nonzero().flatten().tolist()
         magnitude = x.abs().flatten(0, -2)
@@ -162,7 +165,14 @@ class Guide(TorchDispatchMode):
         if theirs is None or not x.numel():
             return own
         mine_scaled, gamma = _scaled(x)
-        q = _scaled(theirs)[0].round()
+        q = rounded(theirs)
+        if not self.check_rounding(tap, q, mine_scaled):
+            return own
+        total = (q.double() @ unpacked(w, n).double()).float()
+        return (total * ((gamma / 127.0) * scale)).to(x.dtype)
+
+    def check_rounding(self, tap: Tap, q: torch.Tensor, mine_scaled: torch.Tensor) -> bool:
+        """Whether the integers ``q`` of the compiled model are roundings of what the judge would have rounded, [..., K]."""
         self.flips += int((q != mine_scaled.round()).sum())
         # x off by limit * |row| moves 127 / gamma * x by as many units of the quantiser.
         slack = 0.5 + 2 * self._limit * mine_scaled.norm(dim=-1, keepdim=True)
@@ -172,9 +182,13 @@ class Guide(TorchDispatchMode):
                 f"TernaryMatMul quantised to other integers: {float(beyond.max()) + 0.5:.3g} units beyond a rounding"
             )
             self.wrong.append(IllegitimateChoice(tap.scope, reason))
-            return own
-        total = (q.double() @ unpacked(w, n).double()).float()
-        return (total * ((gamma / 127.0) * scale)).to(x.dtype)
+            return False
+        return True
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """The integers that TernaryMatMul makes of ``x``, float32 [..., K]."""
+    return _scaled(x)[0].round()
 
 
 def _scaled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from qsparse_export.checkpoints.expected import block_linears
 from qsparse_export.checkpoints.exported_program import read_exported_program
 from qsparse_export.checkpoints.gguf_model import read_gguf
 from qsparse_export.checkpoints.model import Model, Program
+from qsparse_export.checkpoints.onnx_file import looks_like_onnx, read_onnx
 from qsparse_export.checkpoints.qsparse_pt import read_qsparse_pt, save
 from qsparse_export.checkpoints.shapes import PREFIX, read_shape
 from qsparse_export.checkpoints.transformers_folder import read_transformers_folder
@@ -27,6 +28,7 @@ FORMATS = {
     "qsparse-pt": "a .pt file of format, version, config and state_dict, written by qsparse_export.save",
     "transformers": "a folder with config.json and safetensors: Llama, Mistral, Qwen2, BitNet",
     "gguf": "a GGUF file of the llama or qwen2 architecture",
+    "onnx": "a model.onnx of another exporter, opset 17 to 25",
     "pt2": "an exported program of torch.export.save; needs --trust",
     "shape": "shape:NAME[,layers=N]: a published shape with random weights",
 }
@@ -52,8 +54,8 @@ def load(
     if model.config is None:
         if sparsity:
             raise UsageError(
-                f"{path} is an exported program, whose graph cannot be sparsified any more: call "
-                "qsparse_export.sparsify on the module before torch.export, and leave --sparse-ratio out"
+                f"{path} is an exported graph, which cannot be sparsified any more: call "
+                "qsparse_export.sparsify on the module before it is exported, and leave --sparse-ratio out"
             )
         return model
     config = with_sparsity(model.config, sparsity, block_linears(model.config), override=override)
@@ -75,6 +77,8 @@ def _read(path: str | Path, *, trust: bool, seed: int) -> Model:
             return read_gguf(path)
         if start.startswith(b"PK"):
             return _read_archive(path, trust=trust)
+        if looks_like_onnx(start):
+            return read_onnx(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     raise CheckpointError(f"{path} {_what_else(start)}")

@@ -16,8 +16,11 @@ RUNS = 3
 
 
 def nudged(case: Case, logits: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
-    """What ``logits`` gives while each layer's input is moved by what its sums may round: ``RUNS`` times."""
+    """What ``logits`` gives while each layer's input is moved by what its sums may round, and that of each n-bit product by
+    what native kernels may round it: ``RUNS`` times."""
     import torch
+
+    from qsparse_export.rounding_noise import ActivationNoise
 
     ulps = case.config.hidden_size**0.5  # a sum of K terms in random order rounds by about sqrt(K) units
     for seed in range(RUNS):
@@ -30,10 +33,12 @@ def nudged(case: Case, logits: Callable[[], np.ndarray]) -> Iterator[np.ndarray]
 
         hooks = [layer.register_forward_pre_hook(nudge) for layer in layers_of(case.module)]
         try:
-            yield logits()
+            with ActivationNoise(random):
+                moved = logits()
         finally:
             for hook in hooks:
                 hook.remove()
+        yield moved
 
 
 def steady_tokens(case: Case, ids: tuple[int, ...], tokens: tuple[int, ...]) -> int:

@@ -259,7 +259,8 @@ def _limit(noise: float, dtype: str) -> float:
 
 
 def _noise(case: Case, traced: _Trace) -> float:
-    """How far PyTorch's logits move, choices held, when each layer's input moves by what its sums may round."""
+    """How far PyTorch's logits move, choices held, when each layer's input moves by what its sums may round, and that of
+    each n-bit product by what native kernels may round it."""
     from qsparse_export.guided import Guide
 
     def logits() -> np.ndarray:
@@ -324,11 +325,15 @@ class _Recorder:
     def __init__(self, session: Session) -> None:
         self._session = session
         self.input_names, self.output_names = session.input_names, session.output_names
+        self.shares_cache = session.shares_cache
         self.outputs: dict[str, Any] = {}
 
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        self.outputs = self._session.run(feeds)
+    def run(self, feeds: Mapping[str, Any], results: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        self.outputs = self._session.run(feeds, results)
         return self.outputs
+
+    def to_tensor(self, array: Any) -> Any:
+        return self._session.to_tensor(array)
 
     def to_numpy(self, tensor: Any) -> Any:
         return self._session.to_numpy(tensor)

@@ -1,1 +1,1 @@
-"""Measures kernels beside their peers and beside the machine's own limits; needs numpy, onnx and onnxruntime only."""
+"""Measures kernels beside their peers and the machine's own limits, and whole models; needs no PyTorch."""

@@ -19,8 +19,8 @@ ROWS_AHEAD = (0, 2, 8)
 """Prefetch distances that the probe tries; the best of them is the limit."""
 
 
-def describe(library: Library) -> dict[str, Any]:
-    """Processor, cores, system, last-level cache and versions, as plain values."""
+def describe(library: Library | None) -> dict[str, Any]:
+    """Processor, cores, memory, system, last-level cache and versions, as plain values; None: no kernels ran."""
     import onnxruntime
 
     return {
@@ -28,8 +28,9 @@ def describe(library: Library) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "last_level_cache_bytes": _last_level_cache_bytes(),
-        "supported_variants": list(library.supported),
-        "library": library.version,
+        "memory_bytes": _memory_bytes(),
+        "supported_variants": list(library.supported) if library else [],
+        "library": library.version if library else None,
         "onnxruntime": onnxruntime.__version__,
     }
 
@@ -48,6 +49,13 @@ def _last_level_cache_bytes() -> int | None:
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     found = [size.read_text("utf-8").strip() for size in sizes]
     return max((int(text[:-1]) << {"K": 10, "M": 20}[text[-1]] for text in found if text[-1:] in "KM"), default=None)
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not on this system
+        return None
 
 
 class _ProbeArgs(ctypes.Structure):

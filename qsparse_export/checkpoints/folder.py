@@ -31,7 +31,7 @@ def member(folder: Path, name: object, most_bytes: int | None = None) -> Path:
         raise CheckpointError(
             f"{folder}: {name} cannot be opened ({error.strerror}): copy or download the whole folder again"
         ) from error
-    if not any(resolved.is_relative_to(root) for root in _roots(folder)):
+    if not any(resolved.is_relative_to(root) for root in trusted_roots(folder)):
         raise CheckpointError(
             f"{folder}: {name} is a link to {resolved}, outside the folder; copy the file itself into the folder"
         )
@@ -62,6 +62,7 @@ def tokenizer_files(folder: Path) -> TokenizerFiles | None:
     return TokenizerFiles(files) if any(name in files for name in usable) else None
 
 
-def _roots(folder: Path) -> list[Path]:
+def trusted_roots(folder: Path) -> list[Path]:
+    """Where the files of ``folder`` may lie: in it, or in the blobs of Hugging Face's own cache."""
     folder = folder.resolve()
     return [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]

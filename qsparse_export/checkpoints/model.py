@@ -17,9 +17,10 @@ from qsparse_export.tokenizer import TokenizerFiles
 from qsparse_export.weights import GroupWeight, StateDict, TernaryWeight, WeightSource
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import torch
 
-SourceFormat = Literal["qsparse-pt", "transformers", "gguf", "pt2", "shape", "memory"]
+SourceFormat = Literal["qsparse-pt", "transformers", "gguf", "pt2", "onnx", "shape", "memory"]
 _CHUNK_BYTES = 1 << 20
 
 
@@ -42,13 +43,30 @@ class Program:
 
 
 @dataclass(frozen=True)
+class OnnxFile:
+    """A graph that another exporter wrote, checked by :mod:`~qsparse_export.checkpoints.onnx_file`."""
+
+    path: Path
+
+    def read(self) -> ir.Model:
+        """A fresh copy of the graph, without notes; the weights in external files are mapped, not read."""
+        import onnx_ir
+
+        model = onnx_ir.load(self.path)
+        for node in model.graph.all_nodes():
+            for key in [key for key in node.metadata_props if key.startswith("ai.qsparse.")]:
+                del node.metadata_props[key]  # only this compiler's own word counts there
+        return model
+
+
+@dataclass(frozen=True)
 class Model:
     """A loaded model; no weight has been read yet.
 
     ``weights`` has exactly the tensors of ``checkpoints.expected.expected_shapes(config)``, by Hugging Face names, in
     training form: floating point [N, K] or TernaryWeight. For a generic module or exported program ``config`` is None
-    and ``program`` is set. ``source`` is the files that were read, the text that a random model was made from, or None
-    for a model in memory.
+    and ``program`` is set, for an ONNX file ``onnx``. ``source`` is the files that were read, the text that a random model
+    was made from, or None for a model in memory.
     """
 
     name: str
@@ -58,6 +76,7 @@ class Model:
     source_format: SourceFormat
     source: tuple[Path, ...] | str | None
     program: Program | None = None
+    onnx: OnnxFile | None = None
 
     @staticmethod
     def in_memory(name: str, config: ModelConfig, weights: WeightSource) -> Model:
@@ -138,7 +157,8 @@ def _sha256_of_weights(config: str, weights: WeightSource) -> str:
 def model_name(path: Path) -> str:
     """A folder-safe name for the model at ``path``: without suffix and GGUF quantisation tag, only ``A-Za-z0-9._-``."""
     path = path.resolve()
-    name = path.name if path.is_dir() else re.sub(r"\.(pt2?|pth|gguf|bin|ckpt)$", "", path.name, flags=re.IGNORECASE)
+    suffix = r"\.(pt2?|pth|gguf|bin|ckpt|onnx)$"
+    name = path.name if path.is_dir() else re.sub(suffix, "", path.name, flags=re.IGNORECASE)
     if not path.is_dir():
         name = re.sub(r"[.-](I?Q\d\w*|TQ\d\w*|B?F16|F32)$", "", name, flags=re.IGNORECASE) or name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"

@@ -1,4 +1,4 @@
-"""qsparse-bench: measures the kernels on this machine, beside ONNX Runtime's own and beside the machine's limits."""
+"""qsparse-bench: measures whole models (cli.bench_model), or one kernel beside ONNX Runtime's own and the machine's limits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 
 from qsparse_export.bench.report import FORMATS
+from qsparse_export.cli import bench_model, bench_report
 from qsparse_export.cli.console import run, say
 
 _EPILOG = """\
@@ -33,17 +34,9 @@ def _floats(text: str) -> list[float]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of qsparse-bench."""
-    made = argparse.ArgumentParser(
-        prog="qsparse-bench",
-        description="Measures speed on this machine.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    kernels = commands.add_parser(
-        "kernels",
-        help="time one kernel",
+    """The command line of ``qsparse-bench kernels``."""
+    kernels = argparse.ArgumentParser(
+        prog="qsparse-bench kernels",
         description="Times one kernel: min, median and p90, bytes, and the machine's own bandwidth beside it.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -67,10 +60,19 @@ def parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=1.0, metavar="S", help="per contender and case, at least 5 rounds (default 1)"
     )
     kernels.add_argument("-o", "--output", choices=FORMATS, default="md", help="format (default md)")
-    return made
+    return kernels
 
 
 def _command(argv: Sequence[str]) -> None:
+    if argv[:1] == ["kernels"]:
+        _kernels(argv[1:])
+    elif argv[:1] == ["report"]:
+        bench_report.command(argv[1:])
+    else:
+        bench_model.command(argv)
+
+
+def _kernels(argv: Sequence[str]) -> None:
     arguments = parser().parse_args(argv)
     from qsparse_export.bench import kernels, report
 

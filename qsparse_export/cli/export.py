@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ _EPILOG = """\
 MODEL is one of
   model.pt                 this project's own checkpoint (qsparse_export.save), or a name like shape:bitnet-2b-4t,layers=2
   folder                   a transformers folder: Llama, Mistral, Qwen2 (with or without sparse_ratio) or BitNet, safetensors
+  model.onnx               what another exporter wrote, opset 17 to 25: top-k masks and BitNet linears in it are fused
   model.gguf               Llama or Qwen2 architecture, any quantisation that the gguf package reads
   program.pt2              a torch.export program; loading it unpickles, so it needs --trust
   list targets|formats|passes   prints what there is
@@ -31,6 +33,11 @@ examples
 
 --sparse-ratio is the share of zeros: R for every projection, or PROJECTION=R for qkv, o, gate_up or down; later ones win;
 or the path of a TOML file of name patterns. A checkpoint that says its own sparsity keeps it, unless --override.
+
+--passes is a list of passes, name or name{option=value,...}, separated by commas. "default" in it stands for the pipeline
+that would run, and what follows edits it: -NAME takes a pass out, +NAME@OTHER puts one before another.
+  --passes default,-fuse-sparse-ternary        --passes 'default,+fold-constants{limit=64}@fuse-sparse-ternary'
+
 exit codes: 0 done and verified, 1 failed (nothing is left behind), 2 wrong usage"""
 
 
@@ -81,7 +88,22 @@ def parser() -> argparse.ArgumentParser:
         choices=["full", "quick", "none"],
         help="full: kernels and function bodies, 32 greedy tokens (default); quick: one way, 8 tokens",
     )
-    made.add_argument("--passes", metavar="SPEC", help="replace the pass pipeline (see: list passes)")
+    made.add_argument(
+        "--passes", metavar="SPEC", help="replace or edit the pass pipeline (see below, and: list passes)"
+    )
+    made.add_argument(
+        "--print-after",
+        action="append",
+        default=[],
+        metavar="PASS|all[=FILE]",
+        help="print the graph after a pass to stderr, or append it to FILE; may be repeated",
+    )
+    made.add_argument(
+        "--dump", metavar="DIR", help="write the graph after each pass to DIR/NN-PASS.onnx, without weights"
+    )
+    made.add_argument(
+        "--inputs", metavar="FILE.npz", help="example inputs by name to verify a model.onnx with (default: made up)"
+    )
     made.add_argument("--trust", action="store_true", help="allow loading a .pt2 file, which executes code from it")
     made.add_argument("--override", action="store_true", help="let --sparse-ratio contradict the checkpoint")
     made.add_argument(
@@ -101,9 +123,13 @@ def _command(argv: Sequence[str]) -> None:
         parser().error(
             f"unexpected argument {arguments.what!r}; lists are printed by: qsparse-export list {arguments.what}"
         )
+    from qsparse_export.watch import Watch
+
+    watch = Watch.parse(arguments.print_after, arguments.dump)
     stages = Stages(STAGES - (arguments.verify == "none"), quiet=arguments.json)
     stages("load")
     from qsparse_export.api import export
+    from qsparse_export.example_inputs import read_inputs
     from qsparse_export.loader import load
     from qsparse_export.sparsity import parse_sparsity
 
@@ -126,8 +152,10 @@ def _command(argv: Sequence[str]) -> None:
         verify=arguments.verify,
         pipeline=arguments.passes,
         force=arguments.force,
+        example_inputs=read_inputs(arguments.inputs) if arguments.inputs else None,
         with_bench=arguments.with_bench,
         on_stage=stages,
+        on_pass=watch.on_pass(),
     )
     stages(None)
     if arguments.json:
@@ -177,7 +205,10 @@ def _list(what: str | None, as_json: bool) -> None:
         return
     width = max(len(name) for name in rows)
     for name, text in rows.items():
-        print(f"{name:<{width}}  {text}")
+        if "\n" in text:  # a paragraph of its own
+            print(f"{name}\n{textwrap.indent(text, '    ')}\n")
+        else:
+            print(f"{name:<{width}}  {text}")
 
 
 def _targets() -> dict[str, str]:
@@ -196,6 +227,6 @@ def _formats() -> dict[str, str]:
 
 def _passes() -> dict[str, str]:
     from qsparse_export.passes import PASSES
-    from qsparse_export.passes.base import pass_class
+    from qsparse_export.passes.base import described
 
-    return {name: (pass_class(name).__doc__ or "").strip().splitlines()[0] for name in PASSES}
+    return {name: described(name) for name in PASSES}

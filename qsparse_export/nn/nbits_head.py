@@ -13,8 +13,6 @@ from qsparse_export.ops.dense_matmul_nbits import dense_matmul_nbits
 from qsparse_export.ops.gather_nbits import gather_nbits
 from qsparse_export.weight_formats import GroupFormat
 
-_FLOAT, _FLOAT16 = 1, 10  # ONNX type numbers
-
 
 class NBitsHead(FixedBuffers):
     """``logits = X dequantize(rows, row_scales)^T``: rows uint8 [N, bytes], row_scales float16 [N, groups] (``formats.nbits``).
@@ -62,8 +60,7 @@ class NBitsEmbedding(FixedBuffers):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int64 [...] to rows [..., K]."""
         bits, group = self.format.bits, self.format.group
-        made = _FLOAT16 if self.dtype == torch.float16 else _FLOAT
-        return gather_nbits(ids, self.rows, self.row_scales, self.inputs, bits, group, made).to(self.dtype)
+        return gather_nbits(ids, self.rows, self.row_scales, self.inputs, bits, group).to(self.dtype)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., K] to logits [..., N] of the same dtype."""

@@ -5,9 +5,8 @@
 
 Sums are float32 in no particular order, rounded once to the type of x. An implementation may differ from the exact sum
 by the rounding of about K + 4 float32 operations on ``sum |x| (|code| + 2**(bits - 1)) scale``, and may round each
-activation to 16 bits of the largest one of the 64 inputs around it (32 for 8 bits), by 1/65534 of that at most: the native kernels do
-(docs/adr/sixteen-bit-activations.md). A row of x that holds
-NaN or Inf gives a row of NaN.
+activation to 16 bits of the largest one of the 64 inputs around it (32 for 8 bits), by 1/65534 of that at most: the
+native kernels do (docs/adr/sixteen-bit-activations.md). A row of x that holds NaN or Inf gives a row of NaN.
 """
 
 from __future__ import annotations

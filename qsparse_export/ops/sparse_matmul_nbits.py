@@ -8,9 +8,8 @@ each padded to 64 outputs; ``y`` is one long row without padding.
 
 Sums are float32 in no particular order, rounded once to the type of x. An implementation may differ from the exact sum
 by the rounding of about K + 4 float32 operations on ``sum |x| (|code| + 2**(bits - 1)) scale``, and may round each
-activation to 16 bits of the largest one of the same group, by 1/65534 of that at most: the native kernels do
-(docs/adr/sixteen-bit-activations.md). A masked row that holds
-NaN or Inf gives a row of NaN.
+activation to 16 bits of the largest one of the same group, by 1/65534 of that at most: the native kernels do for single
+rows (docs/adr/sixteen-bit-activations.md). A masked row that holds NaN or Inf gives a row of NaN.
 
 The torch op is the product alone, ``x`` masked already: node and torch op are the same with ``k`` = K.
 """
@@ -134,7 +133,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
-    weights = dequantized(*ctx.saved_tensors, ctx.n, ctx.bits, ctx.group)
+    w, scales = ctx.saved_tensors
+    weights = dequantized(w, scales, ctx.n, ctx.bits, ctx.group)
     return grad @ weights.t().to(grad.dtype), None, None, None, None, None
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qsparse_export.errors import BundleError
+from qsparse_export.ops.cached_attention import SHARED_CACHE
 from qsparse_export.runtimes.base import NativeCalls, subtract_calls
 from qsparse_export.runtimes.ort import bundled, library
 
@@ -45,38 +46,41 @@ class OrtRuntime:
             files.append(bundled.add_library(target, folder))
         return tuple(files)
 
-    def open(self, folder: Path, *, threads: int | None, native: bool, taps: Sequence[str] = ()) -> OrtSession:
-        """Loads ``folder/model.onnx``; with ``native`` the *installed* kernel library is registered.
+    def open(
+        self, folder: Path, *, threads: int | None, native: bool, taps: Sequence[str] = (), graph: Path | None = None
+    ) -> OrtSession:
+        """Loads ``graph`` (None: ``folder/model.onnx``); with ``native`` the *installed* kernel library is registered.
 
         The library inside a bundle is for other programs to embed: this one never loads code that a model brings.
         """
-        if not taps:
-            return OrtSession(folder / GRAPH, threads=threads, native=native)
-        tapped = folder / f"tapped-{GRAPH}"  # beside the weights, since external data is relative to the graph
-        try:
-            _add_outputs(folder / GRAPH, tapped, taps)
-            return OrtSession(tapped, threads=threads, native=native)
-        finally:
-            tapped.unlink(missing_ok=True)
+        if graph is None and not taps:
+            return OrtSession(folder / GRAPH, folder, threads=threads, native=native)
+        altered = _with_outputs(graph or folder / GRAPH, taps)
+        return OrtSession(altered, folder, threads=threads, native=native)
 
 
-def _add_outputs(graph: Path, tapped: Path, values: Sequence[str]) -> None:
+def _with_outputs(graph: Path, values: Sequence[str]) -> bytes:
+    if not values:
+        return graph.read_bytes()
     import onnx
 
     model = onnx.load(graph, load_external_data=False)
     known = {value.name: value for value in model.graph.value_info}
     model.graph.output.extend(known[name] for name in values)
-    onnx.save(model, tapped)
+    return model.SerializeToString()
 
 
 class OrtSession:
     """An ``onnxruntime.InferenceSession`` whose tensors stay in the runtime between runs."""
 
-    def __init__(self, graph: Path, *, threads: int | None, native: bool) -> None:
+    def __init__(self, graph: Path | bytes, folder: Path, *, threads: int | None, native: bool) -> None:
+        """``graph`` is a file in ``folder``, or a serialised model whose external data lie there."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        if isinstance(graph, bytes):
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         # A thread that spins while it waits takes the core that another program, or the next kernel, needs: on two cores
         # that one other process shares, generation is twice as fast without.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -94,24 +98,53 @@ class OrtSession:
         try:
             self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a class per status code, without a common base of their own
-            raise BundleError(f"ONNX Runtime {onnxruntime.__version__} refused {graph.name}: {error}") from error
+            raise BundleError(
+                f"ONNX Runtime {onnxruntime.__version__} refused the graph of {folder}: {error}"
+            ) from error
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
         self.input_types = {value.name: value.type for value in self._session.get_inputs()}
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.shares_cache = metadata.get(SHARED_CACHE) == "true"
+        self._binding = self._session.io_binding()
+        self._bound: dict[str, onnxruntime.OrtValue] = {}
         self._before = self._library.calls() if self._library else {}
 
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, onnxruntime.OrtValue]:
+    def run(
+        self, feeds: Mapping[str, Any], results: Mapping[str, onnxruntime.OrtValue] | None = None
+    ) -> dict[str, onnxruntime.OrtValue]:
+        """See :class:`qsparse_export.runtimes.base.Session`."""
+        values = {
+            name: self.to_tensor(value) if isinstance(value, np.ndarray) else value for name, value in feeds.items()
+        }
+        if results:
+            return self._run_into(values, results)
+        outputs = self._session.run_with_ort_values(list(self.output_names), values)
+        return dict(zip(self.output_names, outputs, strict=True))
+
+    def _run_into(
+        self, feeds: Mapping[str, onnxruntime.OrtValue], results: Mapping[str, onnxruntime.OrtValue]
+    ) -> dict[str, onnxruntime.OrtValue]:
+        # What is bound stays bound: a cache of 60 tensors is named once, not at every token.
+        for name, value in feeds.items():
+            if self._bound.get(name) is not value:
+                self._binding.bind_ortvalue_input(name, value)
+                self._bound[name] = value
+        for name in self.output_names:
+            value = results.get(name)
+            if value is None:
+                self._binding.bind_output(name, "cpu")
+            elif self._bound.get(name) is not value:
+                self._binding.bind_ortvalue_output(name, value)
+                self._bound[name] = value
+        self._session.run_with_iobinding(self._binding)
+        return dict(zip(self.output_names, self._binding.get_outputs(), strict=True)) | dict(results)
+
+    def to_tensor(self, array: np.ndarray) -> onnxruntime.OrtValue:
         """See :class:`qsparse_export.runtimes.base.Session`."""
         import onnxruntime
 
-        values = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
-            if isinstance(value, np.ndarray)
-            else value
-            for name, value in feeds.items()
-        }
-        outputs = self._session.run_with_ort_values(list(self.output_names), values)
-        return dict(zip(self.output_names, outputs, strict=True))
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
     def to_numpy(self, tensor: onnxruntime.OrtValue) -> np.ndarray:
         """See :class:`qsparse_export.runtimes.base.Session`."""

@@ -15,6 +15,7 @@ KINDS = (
     "huge",
     "mixed",
     "halves",
+    "outlier",
     "nan",
     "inf",
     "nan and inf",
@@ -46,6 +47,8 @@ def magnitudes(rng: np.random.Generator, rows: int, width: int, kind: str) -> np
     elif kind == "halves":  # products that end in .5: the rounding mode shows
         x = (rng.integers(-254, 255, (rows, width)) / 2).astype(np.float32)
         x[:, :1] = 127
+    elif kind == "outlier":  # one channel so large that the others share few quantised values
+        x[:, width // 2 :][:, :1] = 100
     elif kind in ("nan", "inf", "nan and inf"):
         if "nan" in kind:
             x[rng.random((rows, width)) < 0.1] = np.nan

@@ -91,3 +91,8 @@ def cases(rng: np.random.Generator) -> Iterator[SparseTernary]:
         matrices = tuple(ternary_weights(rng, n, 1024, "normal") for n in (640, 130, 130))
         for k in (300, 1024):
             yield SparseTernary(x, matrices, k, workers=2)
+    for kind in ("normal", "equal", "ties"):  # more than bytes can count in one slice
+        yield SparseTernary(magnitudes(rng, 1, 70000, kind), (ternary_weights(rng, 3, 70000, kind),), 28000)
+    for kind in ("normal", "outlier", "ties"):
+        for k in (1, 100, 1092, 2600, 2729):
+            yield SparseTernary(magnitudes(rng, 2, 2730, kind), (ternary_weights(rng, 130, 2730, kind),), k, workers=2)

@@ -75,7 +75,7 @@ def cases(rng: np.random.Generator) -> Iterator[Ternary]:
             dtype = np.float16 if (i + j) % 4 == 0 else np.float32
             x = as_type(magnitudes(rng, m, k, kind), dtype)
             yield Ternary(x, ternary_weights(rng, n, k, kind), workers=1 + (i + j) % 3)
-    for m in (1, 2, 3, 7, 8, 16, 33, 65):
+    for m in (1, 2, 3, 7, 8, 16, 33, 65, 131):
         for dtype in (np.float32, np.float16):
             x = as_type(magnitudes(rng, m, 1024, "sparse"), dtype)
             x[:, rng.random(1024) < 0.5] = 0  # channels that no row uses

@@ -10,7 +10,8 @@ import pytest
 
 from qsparse_export import ops
 from qsparse_export.formats.ternary import pack
-from qsparse_export.passes.fuse_sparse_ternary import FuseSparseTernary, explain
+from qsparse_export.passes.fuse_sparse_ternary import TERNARY, FuseSparseTernary
+from qsparse_export.passes.join_matrices import explain
 from qsparse_export.passes.lower_attach_bodies import AttachBodies
 from qsparse_export.runtimes.ort.library import library_path
 
@@ -147,7 +148,7 @@ def unfused(text: str, outputs: dict[str, int], value: str, **matrices: int) -> 
     graph = model(text, outputs, weights(**matrices))
     before = ir.to_proto(graph).SerializeToString()
     values = {v.name: v for node in graph.graph for v in (*node.inputs, *node.outputs) if v is not None}
-    reason = explain(graph.graph, values[value])
+    reason = explain(graph.graph, values[value], TERNARY)
     assert not FuseSparseTernary()(graph).modified
     assert ir.to_proto(graph).SerializeToString() == before
     return reason
@@ -155,7 +156,7 @@ def unfused(text: str, outputs: dict[str, int], value: str, **matrices: int) -> 
 
 def test_what_does_not_match_says_why():
     q, v = product("q", "h", "q", 130), product("v", "h", "v", 7)
-    assert unfused(product("q", "x", "q", 5), {"q": 5}, "x", q=5) == "one matrix without a mask: nothing to share"
+    assert unfused(product("q", "x", "q", 5), {"q": 5}, "x", q=5) == "no mask: nothing to share"
     masked_elsewhere = unfused(f"{mask()} {q} z = Relu(h)", {"q": 130, "z": K}, "h", q=130)
     assert masked_elsewhere == "something else reads the masked value"
     assert unfused(f"{mask()} {q}", {"q": 130, "h": K}, "h", q=130) == "something else reads the masked value"

@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "float_kernels.h"
+#include "layer_kernels.h"
 #include "qsk/variant.h"
 
 // Unrolls the loop that follows, so that its array of vectors becomes registers: left alone, GCC keeps sums of six rows
@@ -31,14 +32,34 @@ struct HalfKernels {
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 constexpr uint32_t kMagnitudeBits = 0x7fffffffu;
 
+// Where a selection cuts the quantised magnitudes of a row: |q| >= least is kept, but `excess` of those with
+// |q| == least are too many. least = 0: nothing that is not 0 already need go.
+struct QuantizedCut {
+  int32_t least;
+  int64_t excess;
+};
+
+// What is left of a row.
+struct Tally {
+  int32_t sum;     // of q
+  int32_t active;  // q that are not 0
+};
+
 struct QuantizeKernels {
   // The largest bits of |x|, 0 for n = 0. Magnitudes compare like their bits.
   uint32_t (*largest_magnitude)(const float* x, int64_t n);
-  // q = clip(rint(inverse * x)); returns the sum of q. x is finite.
-  int32_t (*quantize)(const float* x, int64_t n, float inverse, int8_t* q);
-  // The positions and values of nonzero q, in order. Returns how many. q can be read and is zero up to the next
-  // multiple of 32 beyond n; both outputs have room for n + 32 elements.
-  int64_t (*compact)(const int8_t* q, int64_t n, int32_t* index, int8_t* value);
+  // q = clip(rint(inverse * x)). x is finite.
+  void (*quantize)(const float* x, int64_t n, float inverse, int8_t* q);
+  // The rest reads q up to the next multiple of 32 beyond n, whatever is there, and no q is -128.
+  // The largest `least` that at least k of the |q| reach, and by how many they are more than k. 0 < k <= n.
+  QuantizedCut (*cut)(const int8_t* q, int64_t n, int64_t k);
+  // The positions where |q| == magnitude > 0, in order. Returns how many.
+  int64_t (*find)(const int8_t* q, int64_t n, int32_t magnitude, int32_t* position);
+  // q = 0 where |q| < least, for least >= 1.
+  Tally (*drop_below)(int8_t* q, int64_t n, int32_t least);
+  // The positions and values where |q| >= least, for least >= 1, in order; q is zero beyond n, and both outputs have
+  // room for n + 32.
+  Tally (*compact)(const int8_t* q, int64_t n, int32_t least, int32_t* index, int8_t* value);
 };
 
 // What a selection keeps: every key above `threshold`, and the first `ties` keys that equal it. A key is the bits of
@@ -60,32 +81,40 @@ struct TopKKernels {
 // The M > 1 path works on tiles: `channels` input channels times 4 * `bytes` outputs.
 constexpr int64_t kGemmTileBytes = 64;
 constexpr int64_t kGemmTileOutputs = 4 * kGemmTileBytes;
+constexpr int64_t kGemmSumsStride = kGemmTileOutputs + 16;  // of rows of sums: not all in the same sets of the cache
 constexpr int64_t kGemmTileChannels = 256;
-constexpr int64_t kGemmTileRows = 64;
+constexpr int64_t kGemmTileRows = 128;
 constexpr int64_t kGemmPanelGap = 64;    // between panels of codes, at most
 constexpr int64_t kGemmMostPanels = 16;  // of a tile
 constexpr int64_t kGemmCodesBytes = kGemmTileOutputs * kGemmTileChannels + kGemmMostPanels * kGemmPanelGap;
 
-struct TernaryTile {
+// The weights of a tile: the same bytes of some channels' rows.
+struct TileWeights {
   const uint8_t* w;      // the tile's first byte in row 0
-  int64_t row_bytes;     // stride of w
-  int64_t bytes;         // of a row in this tile: 32 or 64
-  const int32_t* index;  // the channels; `channels` entries, and `channels_after` more that a later tile reads
-  int64_t channels_after;
-  int64_t channels;  // a multiple of 4, at most kGemmTileChannels
-  const int8_t* q;   // [rows, channels], the activations of these channels
+  const int32_t* index;  // the channels
+  int64_t channels;      // at most kGemmTileChannels
+};
+
+struct TernaryTile {
+  TileWeights weights;  // channels: a multiple of 4
+  TileWeights next;     // of the tile that comes after this one; 0 channels: none
+  int64_t row_bytes;    // stride of w
+  int64_t bytes;        // of a row in this tile: 32 or 64
+  const int8_t* q;      // [rows, channels], the activations of these channels
   int64_t q_stride;
   int64_t rows;    // at most kGemmTileRows
   uint8_t* codes;  // workspace, kGemmCodesBytes, aligned to 64
 };
 
-// A tile reads one line of every channel's row, which no hardware prefetcher follows: fetches those of the four
-// channels from position `first` on.
-inline void prefetch_tile_rows(const TernaryTile& tile, int64_t first) {
-  if (first + 4 > tile.channels + tile.channels_after) return;
-  for (int64_t i = first; i < first + 4; ++i) __builtin_prefetch(tile.w + tile.index[i] * tile.row_bytes);
+// A tile reads one line of every channel's row, which no hardware prefetcher follows: fetches the `part`-th of `parts`
+// of the next tile's lines into the second-level cache.
+inline void prefetch_next_tile(const TernaryTile& tile, int64_t part, int64_t parts) {
+  const TileWeights& next = tile.next;
+  const int64_t end = next.channels * (part + 1) / parts;
+  for (int64_t i = next.channels * part / parts; i < end; ++i) {
+    __builtin_prefetch(next.w + next.index[i] * tile.row_bytes, 0, 2);
+  }
 }
-constexpr int64_t kPrefetchQuads = 8;  // quads of channels ahead
 
 // What the M > 1 paths cost beside `gemv`, whose time per channel and row is 1: `unpack` per channel, `multiply` per
 // channel and row. Measured or, where noted, counted in instructions; docs/benchmarks.md has the figures.
@@ -101,7 +130,7 @@ struct TernaryKernels {
   // sums[.] += q * code over `count` channels (at most kGemvRows). The rows `next` are read soon: prefetch them.
   void (*gemv)(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
                const int32_t* next, int64_t next_count, int32_t* sums);
-  // sums[row * kGemmTileOutputs + .] += q * code over the tile.
+  // sums[row * kGemmSumsStride + .] += q * code over the tile.
   void (*gemm)(const TernaryTile& tile, int32_t* sums);
   // y[i] = float(sum over parts of the sums of output begin + i, less offset) * factor for i in 0..n-1. `begin` is a
   // multiple of kGemmTileOutputs.
@@ -127,6 +156,7 @@ struct qsk_variant {
   const qsk::TopKKernels* topk;
   const qsk::TernaryKernels* ternary;
   const qsk::FloatKernels* floats;
+  const qsk::LayerKernels* layer;
 };
 
 namespace qsk {

@@ -16,6 +16,7 @@ namespace qsk {
 namespace {
 
 constexpr int64_t kBlockBytes = 32;
+constexpr int64_t kLineBytes = 64;  // of the cache
 constexpr int64_t kBlockSums = 4 * kBlockBytes;
 constexpr int64_t kVectorSums = 8;
 
@@ -31,18 +32,15 @@ void widen_add(int32_t* sums, __m256i v) {
   add_to(sums + 4 * kVectorSums, _mm256_unpackhi_epi16(v, sign));
 }
 
-// GCC 12 schedules the sums and the products that go into them so that sums spill, and every spilled one
-// puts a store and a load into the loop's chain of additions (twice the time on Zen 3). An empty statement that claims
-// to change a sum keeps it in its register.
-void keep_in_register([[maybe_unused]] __m256i& v) {
-#if defined(__GNUC__)
-  __asm__("" : "+x"(v));
-#endif
-}
-
+// sum += products of pairs of channels. GCC 12 schedules sums and the products that go into them so that sums spill or
+// move between registers, a third more instructions: an addition that it cannot take apart keeps each in its register.
 void add_product(__m256i codes, __m256i q, __m256i& sum) {
-  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, q));
-  keep_in_register(sum);
+  const __m256i products = _mm256_maddubs_epi16(codes, q);
+#if defined(__GNUC__)
+  __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(products));
+#else
+  sum = _mm256_add_epi16(sum, products);
+#endif
 }
 
 // sums += products of two interleaved channels' bytes: the planes 0..3, of which 1 and 3 are times 4.
@@ -55,10 +53,10 @@ void add_planes(__m256i bytes, __m256i q, __m256i sums[4]) {
   add_product(_mm256_and_si256(upper, high), q, sums[3]);
 }
 
-// One group of channels: the rows that are read now, and those to prefetch meanwhile, one line at each step.
+// One group of channels: the rows that are read now, and those of the next group.
 struct Group {
   const uint8_t* rows[kGemvRows];
-  const uint8_t* ahead[kGemvRows];
+  const uint8_t* next[kGemvRows];
   int32_t pairs[kGemvRows / 2];  // two activations, twice
   int64_t pair_count;
 };
@@ -74,17 +72,28 @@ void set_up(Group& group, const uint8_t* w, int64_t row_bytes, const int32_t* in
     group.pairs[i] = static_cast<int32_t>((first | second << 8) * 0x10001u);
   }
   for (int64_t i = 0; i < kGemvRows; ++i) {  // without a next group, what is in the cache already
-    group.ahead[i] = i < next_count ? w + next[i] * row_bytes : group.rows[0];
+    group.next[i] = i < next_count ? w + next[i] * row_bytes : group.rows[0];
   }
 }
 
-// Adds the products of 32 bytes of all rows of the group to 128 sums. `odd` is the half of the 64-byte step.
-void add_block(const Group& group, int64_t column, int64_t odd, int32_t* block) {
+template <_mm_hint kHint>
+void prefetch(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), kHint);
+}
+
+// Adds the products of 32 bytes of all rows of the group to 128 sums. Meanwhile every step prefetches two lines: the
+// group's own next one into the first-level cache, where 32 rows would not fit, and one of the next group from memory.
+// kOdd: which half of a line; the rows share the prefetching among the two halves.
+template <int kOdd, bool kLastLine>
+inline __attribute__((always_inline)) void add_block(const Group& group, int64_t column, int32_t* block) {
   __m256i lower[4], upper[4];  // of the bytes 0..7 and 8..15 of each half
   for (int p = 0; p < 4; ++p) lower[p] = upper[p] = _mm256_setzero_si256();
   for (int64_t i = 0; i < group.pair_count; ++i) {
-    _mm_prefetch(reinterpret_cast<const char*>(group.ahead[2 * i + odd] + column), _MM_HINT_T0);
-    const __m256i a = load(group.rows[2 * i] + column), b = load(group.rows[2 * i + 1] + column);
+    const uint8_t* const rows[2] = {group.rows[2 * i] + column, group.rows[2 * i + 1] + column};
+    const uint8_t* const next = group.next[2 * i + kOdd];
+    prefetch<_MM_HINT_T0>(kLastLine ? next : rows[kOdd] + kLineBytes);
+    prefetch<_MM_HINT_T1>(next + column);
+    const __m256i a = load(rows[0]), b = load(rows[1]);
     const __m256i q = _mm256_set1_epi32(group.pairs[i]);
     add_planes(_mm256_unpacklo_epi8(a, b), q, lower);
     add_planes(_mm256_unpackhi_epi8(a, b), q, upper);
@@ -101,9 +110,13 @@ void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_
   if (count <= 0) return;
   Group group;
   set_up(group, w, row_bytes, index, value, count, next, next_count);
-  for (int64_t column = 0; column < row_bytes; column += kBlockBytes) {
-    add_block(group, column, column / kBlockBytes % 2, sums + column / kBlockBytes * kBlockSums);
+  int64_t column = 0;
+  for (; column + kLineBytes < row_bytes; column += kLineBytes, sums += 2 * kBlockSums) {
+    add_block<0, false>(group, column, sums);
+    add_block<1, false>(group, column + kBlockBytes, sums + kBlockSums);
   }
+  add_block<0, true>(group, column, sums);
+  if (column + kBlockBytes < row_bytes) add_block<1, true>(group, column + kBlockBytes, sums + kBlockSums);
 }
 
 // Panels start a line further than their contents need: 4096 bytes apart, all of them would share one set of the cache.
@@ -112,12 +125,11 @@ int64_t panel_bytes(int64_t quads) { return quads * 64 + kGemmPanelGap; }
 // Four channels' bytes as [panel of two vectors][quad of channels][two vectors]: each 32-bit lane holds the four codes
 // of one output, in the order of the sums.
 void unpack(const TernaryTile& tile) {
-  const int64_t quads = tile.channels / 4;
+  const int64_t quads = tile.weights.channels / 4;
   const __m256i low = _mm256_set1_epi8(0x03);
   for (int64_t t = 0; t < quads; ++t) {
     const uint8_t* rows[4];
-    for (int i = 0; i < 4; ++i) rows[i] = tile.w + tile.index[4 * t + i] * tile.row_bytes;
-    prefetch_tile_rows(tile, 4 * (t + kPrefetchQuads));
+    for (int i = 0; i < 4; ++i) rows[i] = tile.weights.w + tile.weights.index[4 * t + i] * tile.row_bytes;
     for (int64_t column = 0; column < tile.bytes; column += kBlockBytes) {
       const __m256i a = load(rows[0] + column), b = load(rows[1] + column);
       const __m256i c = load(rows[2] + column), d = load(rows[3] + column);
@@ -159,35 +171,43 @@ void multiply(const uint8_t* panel, int64_t quads, const int8_t* q, int64_t q_st
   const __m256i ones = _mm256_set1_epi16(1);
   QSK_UNROLL
   for (int r = 0; r < Rows; ++r) {
-    add_to(sums + r * kGemmTileOutputs, _mm256_madd_epi16(a[r], ones));
-    add_to(sums + r * kGemmTileOutputs + kVectorSums, _mm256_madd_epi16(b[r], ones));
+    add_to(sums + r * kGemmSumsStride, _mm256_madd_epi16(a[r], ones));
+    add_to(sums + r * kGemmSumsStride + kVectorSums, _mm256_madd_epi16(b[r], ones));
   }
 }
+
+// Rows that pass all panels together: their activations take a tenth of the first-level cache, and few pages. A
+// multiple of 6.
+constexpr int64_t kRowsAtOnce = 12;
 
 void gemm(const TernaryTile& tile, int32_t* sums) {
   static_assert(kGemmTileChannels / 4 <= 64, "int16 sums");
   unpack(tile);
-  const int64_t quads = tile.channels / 4;
+  const int64_t quads = tile.weights.channels / 4;
   const int64_t panels = tile.bytes / kBlockBytes * 8;
-  for (int64_t panel = 0; panel < panels; ++panel) {
-    const uint8_t* codes = tile.codes + panel * panel_bytes(quads);
-    int64_t row = 0;
-    while (row < tile.rows) {
-      const int8_t* q = tile.q + row * tile.q_stride;
-      int32_t* out = sums + row * kGemmTileOutputs + panel * 2 * kVectorSums;
-      const int64_t left = tile.rows - row;
-      if (left == 6 || left > 8) {
-        multiply<6>(codes, quads, q, tile.q_stride, out);
-        row += 6;
-      } else if (left >= 4) {
-        multiply<4>(codes, quads, q, tile.q_stride, out);
-        row += 4;
-      } else if (left >= 2) {
-        multiply<2>(codes, quads, q, tile.q_stride, out);
-        row += 2;
-      } else {
-        multiply<1>(codes, quads, q, tile.q_stride, out);
-        row += 1;
+  for (int64_t first = 0; first < tile.rows; first += kRowsAtOnce) {
+    const int64_t end = first + kRowsAtOnce < tile.rows ? first + kRowsAtOnce : tile.rows;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      if (first == 0) prefetch_next_tile(tile, panel, panels);
+      const uint8_t* codes = tile.codes + panel * panel_bytes(quads);
+      int64_t row = first;
+      while (row < end) {
+        const int8_t* q = tile.q + row * tile.q_stride;
+        int32_t* out = sums + row * kGemmSumsStride + panel * 2 * kVectorSums;
+        const int64_t left = end - row;
+        if (left == 6 || left > 8) {
+          multiply<6>(codes, quads, q, tile.q_stride, out);
+          row += 6;
+        } else if (left >= 4) {
+          multiply<4>(codes, quads, q, tile.q_stride, out);
+          row += 4;
+        } else if (left >= 2) {
+          multiply<2>(codes, quads, q, tile.q_stride, out);
+          row += 2;
+        } else {
+          multiply<1>(codes, quads, q, tile.q_stride, out);
+          row += 1;
+        }
       }
     }
   }
@@ -232,6 +252,6 @@ void finish(const int32_t* const* parts, int64_t part_count, int64_t begin, int6
 
 }  // namespace
 
-const TernaryKernels ternary_avx2 = {kBlockBytes, {1.0f, 0.6f}, gemv, gemm, finish};
+const TernaryKernels ternary_avx2 = {kBlockBytes, {1.6f, 0.55f}, gemv, gemm, finish};
 
 }  // namespace qsk

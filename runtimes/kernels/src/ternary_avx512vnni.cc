@@ -86,13 +86,12 @@ int64_t panel_bytes(int64_t quads) { return quads * 128 + kGemmPanelGap; }
 // Four channels' bytes as [panel of two vectors][quad of channels][two vectors]: each 32-bit lane holds the four codes
 // of one output, in the order of the sums.
 void unpack(const TernaryTile& tile) {
-  const int64_t quads = tile.channels / 4;
+  const int64_t quads = tile.weights.channels / 4;
   const __m512i low = _mm512_set1_epi8(0x03);
   const bool is_half = tile.bytes < kBlockBytes;
   for (int64_t t = 0; t < quads; ++t) {
     const uint8_t* rows[4];
-    for (int i = 0; i < 4; ++i) rows[i] = tile.w + tile.index[4 * t + i] * tile.row_bytes;
-    prefetch_tile_rows(tile, 4 * (t + kPrefetchQuads));
+    for (int i = 0; i < 4; ++i) rows[i] = tile.weights.w + tile.weights.index[4 * t + i] * tile.row_bytes;
     __m512i bytes[4];
     interleave(load_bytes(rows[0], is_half), load_bytes(rows[1], is_half), load_bytes(rows[2], is_half),
                load_bytes(rows[3], is_half), bytes);
@@ -113,8 +112,8 @@ void multiply(const uint8_t* panel, int64_t quads, const int8_t* q, int64_t q_st
   __m512i a[Rows], b[Rows];
   QSK_UNROLL
   for (int r = 0; r < Rows; ++r) {
-    a[r] = load(sums + r * kGemmTileOutputs);
-    b[r] = load(sums + r * kGemmTileOutputs + kVectorSums);
+    a[r] = load(sums + r * kGemmSumsStride);
+    b[r] = load(sums + r * kGemmSumsStride + kVectorSums);
   }
   for (int64_t t = 0; t < quads; ++t) {
     const __m512i codes0 = load(panel + 128 * t), codes1 = load(panel + 128 * t + 64);
@@ -129,20 +128,21 @@ void multiply(const uint8_t* panel, int64_t quads, const int8_t* q, int64_t q_st
   }
   QSK_UNROLL
   for (int r = 0; r < Rows; ++r) {
-    store(sums + r * kGemmTileOutputs, a[r]);
-    store(sums + r * kGemmTileOutputs + kVectorSums, b[r]);
+    store(sums + r * kGemmSumsStride, a[r]);
+    store(sums + r * kGemmSumsStride + kVectorSums, b[r]);
   }
 }
 
 void gemm(const TernaryTile& tile, int32_t* sums) {
   unpack(tile);
-  const int64_t quads = tile.channels / 4;
+  const int64_t quads = tile.weights.channels / 4;
   for (int64_t panel = 0; panel < 8; ++panel) {
+    prefetch_next_tile(tile, panel, 8);
     const uint8_t* codes = tile.codes + panel * panel_bytes(quads);
     int64_t row = 0;
     while (row < tile.rows) {
       const int8_t* q = tile.q + row * tile.q_stride;
-      int32_t* out = sums + row * kGemmTileOutputs + panel * 2 * kVectorSums;
+      int32_t* out = sums + row * kGemmSumsStride + panel * 2 * kVectorSums;
       const int64_t left = tile.rows - row;
       if (left >= 8) {
         multiply<8>(codes, quads, q, tile.q_stride, out);

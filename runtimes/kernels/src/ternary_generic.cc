@@ -20,14 +20,14 @@ void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_
 }
 
 void gemm(const TernaryTile& tile, int32_t* sums) {
-  for (int64_t c = 0; c < tile.channels; ++c) {
-    const uint8_t* row = tile.w + tile.index[c] * tile.row_bytes;
+  for (int64_t c = 0; c < tile.weights.channels; ++c) {
+    const uint8_t* row = tile.weights.w + tile.weights.index[c] * tile.row_bytes;
     for (int64_t j = 0; j < tile.bytes; ++j) {
       for (int p = 0; p < 4; ++p) tile.codes[4 * j + p] = row[j] >> 2 * p & 3;
     }
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int32_t q = tile.q[r * tile.q_stride + c];
-      int32_t* out = sums + r * kGemmTileOutputs;
+      int32_t* out = sums + r * kGemmSumsStride;
       for (int64_t n = 0; n < 4 * tile.bytes; ++n) out[n] += q * tile.codes[n];
     }
   }

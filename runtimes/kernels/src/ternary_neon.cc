@@ -48,9 +48,9 @@ void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_
 // Codes as [half][plane][channel][16 row bytes].
 void unpack(const TernaryTile& tile) {
   const uint8x16_t low = vdupq_n_u8(0x03);
-  const int64_t plane_bytes = tile.channels * kHalfBytes;
-  for (int64_t c = 0; c < tile.channels; ++c) {
-    const uint8_t* row = tile.w + tile.index[c] * tile.row_bytes;
+  const int64_t plane_bytes = tile.weights.channels * kHalfBytes;
+  for (int64_t c = 0; c < tile.weights.channels; ++c) {
+    const uint8_t* row = tile.weights.w + tile.weights.index[c] * tile.row_bytes;
     for (int64_t column = 0; column < tile.bytes; column += kHalfBytes) {
       const uint8x16_t bytes = vld1q_u8(row + column);
       uint8_t* out = tile.codes + column / kHalfBytes * 4 * plane_bytes + c * kHalfBytes;
@@ -81,24 +81,25 @@ void multiply(const uint8_t* codes, int64_t channels, const int8_t* q, int64_t q
   }
   QSK_UNROLL
   for (int r = 0; r < Rows; ++r) {
-    widen_add(sums + r * kGemmTileOutputs, lower[r]);
-    widen_add(sums + r * kGemmTileOutputs + 32, upper[r]);
+    widen_add(sums + r * kGemmSumsStride, lower[r]);
+    widen_add(sums + r * kGemmSumsStride + 32, upper[r]);
   }
 }
 
 void gemm(const TernaryTile& tile, int32_t* sums) {
   unpack(tile);
   const int64_t panels = tile.bytes / kHalfBytes * 4;
-  for (int64_t begin = 0; begin < tile.channels; begin += kMultiplyChannels) {
-    const int64_t left_channels = tile.channels - begin;
+  for (int64_t begin = 0; begin < tile.weights.channels; begin += kMultiplyChannels) {
+    const int64_t left_channels = tile.weights.channels - begin;
     const int64_t channels = left_channels < kMultiplyChannels ? left_channels : kMultiplyChannels;
     for (int64_t panel = 0; panel < panels; ++panel) {
-      const uint8_t* codes = tile.codes + (panel * tile.channels + begin) * kHalfBytes;
+      if (begin == 0) prefetch_next_tile(tile, panel, panels);
+      const uint8_t* codes = tile.codes + (panel * tile.weights.channels + begin) * kHalfBytes;
       int32_t* panel_sums = sums + panel / 4 * kHalfSums + panel % 4 * 4;
       int64_t row = 0;
       while (row < tile.rows) {
         const int8_t* q = tile.q + row * tile.q_stride + begin;
-        int32_t* out = panel_sums + row * kGemmTileOutputs;
+        int32_t* out = panel_sums + row * kGemmSumsStride;
         const int64_t left = tile.rows - row;
         if (left >= 8) {
           multiply<8>(codes, channels, q, tile.q_stride, out);

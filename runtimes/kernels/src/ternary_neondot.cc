@@ -64,10 +64,10 @@ void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_
 // Codes as [half][h][quad of channels][plane][16]: each 32-bit lane holds the four codes of one output.
 void unpack(const TernaryTile& tile) {
   const uint8x16_t low = vdupq_n_u8(0x03);
-  const int64_t quads = tile.channels / 4;
+  const int64_t quads = tile.weights.channels / 4;
   for (int64_t t = 0; t < quads; ++t) {
     const uint8_t* rows[4];
-    for (int i = 0; i < 4; ++i) rows[i] = tile.w + tile.index[4 * t + i] * tile.row_bytes;
+    for (int i = 0; i < 4; ++i) rows[i] = tile.weights.w + tile.weights.index[4 * t + i] * tile.row_bytes;
     for (int64_t column = 0; column < tile.bytes; column += kHalfBytes) {
       uint8x16_t bytes[4];
       interleave(rows, column, bytes);
@@ -90,7 +90,7 @@ void multiply(const uint8_t* panel, int64_t quads, const int8_t* q, int64_t q_st
   QSK_UNROLL
   for (int r = 0; r < Rows; ++r) {
     QSK_UNROLL
-    for (int p = 0; p < 4; ++p) products[r][p] = vld1q_s32(sums + r * kGemmTileOutputs + 4 * p);
+    for (int p = 0; p < 4; ++p) products[r][p] = vld1q_s32(sums + r * kGemmSumsStride + 4 * p);
   }
   for (int64_t t = 0; t < quads; ++t) {
     const uint8x16_t codes[4] = {vld1q_u8(panel + 64 * t), vld1q_u8(panel + 64 * t + 16), vld1q_u8(panel + 64 * t + 32),
@@ -107,20 +107,21 @@ void multiply(const uint8_t* panel, int64_t quads, const int8_t* q, int64_t q_st
   QSK_UNROLL
   for (int r = 0; r < Rows; ++r) {
     QSK_UNROLL
-    for (int p = 0; p < 4; ++p) vst1q_s32(sums + r * kGemmTileOutputs + 4 * p, products[r][p]);
+    for (int p = 0; p < 4; ++p) vst1q_s32(sums + r * kGemmSumsStride + 4 * p, products[r][p]);
   }
 }
 
 void gemm(const TernaryTile& tile, int32_t* sums) {
   unpack(tile);
-  const int64_t quads = tile.channels / 4;
+  const int64_t quads = tile.weights.channels / 4;
   const int64_t panels = tile.bytes / kHalfBytes * 4;
   for (int64_t panel = 0; panel < panels; ++panel) {
+    prefetch_next_tile(tile, panel, panels);
     const uint8_t* codes = tile.codes + panel * quads * 64;
     int64_t row = 0;
     while (row < tile.rows) {
       const int8_t* q = tile.q + row * tile.q_stride;
-      int32_t* out = sums + row * kGemmTileOutputs + panel * 16;
+      int32_t* out = sums + row * kGemmSumsStride + panel * 16;
       const int64_t left = tile.rows - row;
       if (left >= 4) {
         multiply<4>(codes, quads, q, tile.q_stride, out);

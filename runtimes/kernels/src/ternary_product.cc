@@ -21,6 +21,7 @@ constexpr int64_t kBatchRows = 8;              // rows whose sums stay in the ca
 constexpr int64_t kBatchBytes = 128 << 10;     // of weights that a batch takes at a time
 constexpr int64_t kBytesPerWorker = 32 << 10;  // of weights: below that a second thread costs more than it brings
 constexpr int64_t kPieceBytes = 32 << 10;      // of weights that a worker takes at a time, at least
+constexpr int64_t kLineBytes = 64;             // of the cache
 constexpr int64_t kSlack = 64;                 // elements that vector stores may write past a list's end
 constexpr int64_t kQuantizePiece = 32768;      // elements that one thread quantises faster than it can wake another
 constexpr int64_t kFinishPiece = 8192;         // sums that one thread adds up faster than it can wake another
@@ -34,15 +35,14 @@ struct Active {
 
 // Everything that a call needs, cut from the caller's scratch. Per-worker arrays have a fixed stride.
 struct Workspace {
-  float* x;         // [workers, k] rows converted from float16 or masked
+  float* x;         // [workers, k] rows converted from float16 or rescaled
   uint16_t* half;   // [workers, k] a rescaled row, rounded
   uint8_t* select;  // [workers, select_stride]
   int64_t select_stride;
   int8_t* q;  // [m, q_stride]
   int64_t q_stride;
   float* gamma;              // [m]
-  int32_t* q_sum;            // [m]
-  int32_t* active_count;     // [m] q that are not 0, for m > 1
+  Tally* tally;              // [m]
   Active active;             // one row's, or the union's
   Active batch[kBatchRows];  // those of each row of a batch
   int32_t* sums;             // [workers, sums_stride]
@@ -70,6 +70,14 @@ int64_t workers_for(const TernaryProduct& args, const qsk_parallel* parallel) {
   return min_of(worker_count(parallel), max_of(1, weight_bytes / kBytesPerWorker * max_of(1, args.m)));
 }
 
+// Scratch of one row's selection.
+int64_t selection_bytes(const TernaryProduct& args) {
+  if (args.selection == nullptr) return 0;
+  const Selection& selection = *args.selection;
+  return round_up(selection.rescale_l2 ? select_bytes(selection, args.k) : quantize_selected_bytes(selection, args.k),
+                  64);
+}
+
 int64_t sums_per_row(const TernaryProduct& args) { return round_up(args.row_bytes, kGemmTileBytes) * 4; }
 
 Workspace lay_out(const TernaryProduct& args, int64_t workers, void* base) {
@@ -78,14 +86,14 @@ Workspace lay_out(const TernaryProduct& args, int64_t workers, void* base) {
   const bool half = args.type == QSK_FLOAT16;
   const int64_t padded_outputs = sums_per_row(args);
   work.q_stride = round_up(args.k + kSlack, 64);
-  work.x = scratch.take<float>(half || args.selection ? workers * args.k : 0);
-  work.half = scratch.take<uint16_t>(half && args.selection ? workers * args.k : 0);
-  work.select_stride = args.selection ? round_up(select_bytes(*args.selection, args.k), 64) : 0;
+  const bool rescales = args.selection != nullptr && args.selection->rescale_l2;
+  work.x = scratch.take<float>(half || rescales ? workers * args.k : 0);
+  work.half = scratch.take<uint16_t>(half && rescales ? workers * args.k : 0);
+  work.select_stride = selection_bytes(args);
   work.select = scratch.take<uint8_t>(workers * work.select_stride);
   work.q = scratch.take<int8_t>(args.m * work.q_stride);
   work.gamma = scratch.take<float>(args.m);
-  work.q_sum = scratch.take<int32_t>(args.m);
-  work.active_count = scratch.take<int32_t>(args.m);
+  work.tally = scratch.take<Tally>(args.m);
   work.active.index = scratch.take<int32_t>(args.k + kSlack);
   work.active.value = scratch.take<int8_t>(args.k + kSlack);
   const bool several = args.m > 1;
@@ -94,7 +102,7 @@ Workspace lay_out(const TernaryProduct& args, int64_t workers, void* base) {
     work.batch[row].value = scratch.take<int8_t>(args.k + kSlack);
   }
   work.sums_stride = min_of(kBatchRows, args.m) * padded_outputs;
-  if (several) work.sums_stride = max_of(work.sums_stride, kGemmTileRows * kGemmTileOutputs);
+  if (several) work.sums_stride = max_of(work.sums_stride, kGemmTileRows * kGemmSumsStride);
   work.sums = scratch.take<int32_t>(workers * work.sums_stride);
   work.is_filled = scratch.take<bool>(workers);
   work.parts = scratch.take<const int32_t*>(workers);
@@ -105,39 +113,34 @@ Workspace lay_out(const TernaryProduct& args, int64_t workers, void* base) {
   return work;
 }
 
-// The row as float32, masked where the product has a selection, and exactly as the op TopKSparsify would hand it on.
-const float* prepare(const Call& call, int64_t row, int64_t worker) {
+// A rescaled row as float32, exactly as the op TopKSparsify would hand it on.
+void rescale(const Call& call, const float* x, void* select, uint16_t* rounded, float* y) {
+  const int64_t k = call.args.k;
+  sparsify_row(*call.variant.topk, *call.args.selection, x, k, select, y);
+  if (call.args.type != QSK_FLOAT16) return;
+  call.variant.half->from_float(y, k, rounded);
+  call.variant.half->to_float(rounded, k, y);
+}
+
+QuantizedRow quantize(const Call& call, int64_t row, int64_t worker) {
   const TernaryProduct& args = call.args;
-  const bool half = args.type == QSK_FLOAT16;
+  const QuantizeKernels& kernels = *call.variant.quantize;
+  int8_t* q = call.work.q + row * call.work.q_stride;
+  memset(q + args.k, 0, call.work.q_stride - args.k);
   float* own = call.work.x + worker * args.k;
   const float* x = own;
-  if (half) {
+  if (args.type == QSK_FLOAT16) {
     call.variant.half->to_float(static_cast<const uint16_t*>(args.x) + row * args.k, args.k, own);
   } else {
     x = static_cast<const float*>(args.x) + row * args.k;
   }
-  if (args.selection == nullptr) return x;
+  if (args.selection == nullptr) return {quantize_row(kernels, x, args.k, q), 1};
   uint8_t* select = call.work.select + worker * call.work.select_stride;
-  sparsify_row(*call.variant.topk, *args.selection, x, args.k, select, own);
-  if (half && args.selection->rescale_l2) {  // what is only masked is a half already
-    uint16_t* rounded = call.work.half + worker * args.k;
-    call.variant.half->from_float(own, args.k, rounded);
-    call.variant.half->to_float(rounded, args.k, own);
+  if (args.selection->rescale_l2) {
+    rescale(call, x, select, call.work.half + worker * args.k, own);
+    return {quantize_row(kernels, own, args.k, q), 1};
   }
-  return own;
-}
-
-void quantize(const Call& call, int64_t row, int64_t worker) {
-  const TernaryProduct& args = call.args;
-  int8_t* q = call.work.q + row * call.work.q_stride;
-  const float* x = prepare(call, row, worker);
-  call.work.gamma[row] = quantize_row(*call.variant.quantize, x, args.k, q, &call.work.q_sum[row]);
-  memset(q + args.k, 0, call.work.q_stride - args.k);
-  if (args.m > 1) {
-    int32_t count = 0;
-    for (int64_t c = 0; c < args.k; ++c) count += q[c] != 0;
-    call.work.active_count[row] = count;
-  }
+  return quantize_selected_row(kernels, *call.variant.topk, *args.selection, x, args.k, select, q);
 }
 
 // The sums of one row: those of the padded output `begin`, a multiple of kGemmTileOutputs, start at `offset` of each
@@ -153,7 +156,7 @@ struct Sums {
 void descale(const Call& call, const Sums& sums, int64_t row, int64_t from, int64_t to, float scale, float* out) {
   const TernaryKernels& kernels = *call.variant.ternary;
   const float factor = (call.work.gamma[row] / 127.0f) * scale;
-  const int32_t q_sum = call.work.q_sum[row];
+  const int32_t q_sum = call.work.tally[row].sum;
   const int64_t odd = (from - sums.begin) % kGemmTileOutputs;
   const int64_t start = sums.offset - sums.begin;
   if (odd != 0) {  // a matrix that starts within a block of sums
@@ -167,6 +170,12 @@ void descale(const Call& call, const Sums& sums, int64_t row, int64_t from, int6
   if (from < to) kernels.finish(sums.parts, sums.part_count, start + from, to - from, q_sum, factor, out);
 }
 
+void prefetch_row(const TernaryProduct& args, int64_t position, int64_t count) {
+  const int64_t element = args.type == QSK_FLOAT16 ? 2 : 4;
+  const uint8_t* const y = static_cast<const uint8_t*>(args.y) + position * element;
+  for (int64_t i = 0; i < count * element; i += kLineBytes) __builtin_prefetch(y + i, 1);
+}
+
 // Writes the results of the padded outputs sums.begin..end-1 of `row`; `y` is float32 scratch for float16 results.
 void finish(const Call& call, const Sums& sums, int64_t row, int64_t end, float* y) {
   const TernaryProduct& args = call.args;
@@ -177,6 +186,7 @@ void finish(const Call& call, const Sums& sums, int64_t row, int64_t end, float*
     if (from >= to) continue;
     const int64_t position = row * args.outputs + matrix.y_begin + from - matrix.begin;
     float* out = half ? y : static_cast<float*>(args.y) + position;
+    if (row + 1 < args.m) prefetch_row(args, position + args.outputs, to - from);  // of a tile, finished next
     if (isnan(call.work.gamma[row])) {
       for (int64_t j = 0; j < to - from; ++j) out[j] = NAN;
     } else {
@@ -231,7 +241,10 @@ void finish_rows(const Call& call, int64_t workers, int64_t first, int64_t count
 void multiply_row(const Call& call) {
   const Workspace& work = call.work;
   Active active = work.active;
-  active.count = call.variant.quantize->compact(work.q, call.args.k, active.index, active.value);
+  const QuantizedRow row = quantize(call, 0, 0);
+  work.gamma[0] = row.gamma;
+  work.tally[0] = call.variant.quantize->compact(work.q, call.args.k, row.least, active.index, active.value);
+  active.count = work.tally[0].active;
 
   const int64_t workers = min_of(call.workers, max_of(1, active.count * call.row_bytes / kBytesPerWorker));
   const int64_t piece_channels = workers == 1 ? round_up(max_of(1, active.count), kGemvRows)
@@ -284,7 +297,7 @@ void close_gaps(const Call& call, const Active& active, int64_t row) {
 // Whether each row on its own, skipping what is inactive in it, costs less than the GEMM over `any`, the union.
 bool skips(const Call& call, const Active& any) {
   int64_t active = 0;
-  for (int64_t row = 0; row < call.args.m; ++row) active += call.work.active_count[row];
+  for (int64_t row = 0; row < call.args.m; ++row) active += call.work.tally[row].active;
   const GemmCost& cost = call.variant.ternary->gemm_cost;
   const float gemm = static_cast<float>(any.count) * (cost.unpack + cost.multiply * static_cast<float>(call.args.m));
   return static_cast<float>(active) <= gemm;
@@ -344,7 +357,7 @@ void multiply_batches(const Call& call, const Active& any) {
     for (int64_t row = 0; row < rows; ++row) {
       Active& active = batch[row] = work.batch[row];
       const int8_t* q = work.q + (first + row) * work.q_stride;
-      active.count = call.variant.quantize->compact(q, k, active.index, active.value);
+      active.count = call.variant.quantize->compact(q, k, 1, active.index, active.value).active;
     }
     Pieces pieces(ceil_div(k, piece_channels));
     memset(work.is_filled, 0, max_of(1, workers) * sizeof *work.is_filled);
@@ -360,32 +373,55 @@ struct Tiling {
   int64_t tile_rows;
 };
 
-void multiply_tile(const Call& call, const Active& active, const Tiling& tiling, int64_t position, int64_t worker) {
+// The weights of the tile at `position` from the active channel `begin` on.
+TileWeights weights_of(const Call& call, const Active& active, const Tiling& tiling, int64_t position, int64_t begin) {
+  return {call.args.w + position / tiling.rows * kGemmTileBytes, active.index + begin,
+          min_of(kGemmTileChannels, active.count - begin)};
+}
+
+void multiply_tile(const Call& call, const Active& active, const Tiling& tiling, int64_t position, int64_t next,
+                   int64_t worker) {
   const Workspace& work = call.work;
   const int64_t first_byte = position / tiling.rows * kGemmTileBytes;
   const int64_t first_row = position % tiling.rows * tiling.tile_rows;
   TernaryTile tile = {};
-  tile.w = call.args.w + first_byte;
   tile.row_bytes = call.row_bytes;
   tile.bytes = min_of(kGemmTileBytes, call.row_bytes - first_byte);
   tile.q_stride = work.q_stride;
   tile.rows = min_of(tiling.tile_rows, call.args.m - first_row);
   tile.codes = work.codes + worker * kGemmCodesBytes;
   int32_t* sums = work.sums + worker * work.sums_stride;
-  memset(sums, 0, tile.rows * kGemmTileOutputs * sizeof *sums);
+  memset(sums, 0, tile.rows * kGemmSumsStride * sizeof *sums);
   for (int64_t begin = 0; begin < active.count; begin += kGemmTileChannels) {
-    tile.index = active.index + begin;
-    tile.channels = round_up(min_of(kGemmTileChannels, active.count - begin), 4);
-    tile.channels_after = max_of(0, active.count - begin - tile.channels);
+    const int64_t end = begin + kGemmTileChannels;
+    tile.weights = weights_of(call, active, tiling, position, begin);
+    tile.next = end < active.count ? weights_of(call, active, tiling, position, end)
+                : next >= 0        ? weights_of(call, active, tiling, next, 0)
+                                   : TileWeights{};
+    tile.weights.channels = round_up(tile.weights.channels, 4);
     tile.q = work.q + first_row * work.q_stride + begin;
     call.variant.ternary->gemm(tile, sums);
   }
   const int64_t first_output = first_byte * 4;
   for (int64_t r = 0; r < tile.rows; ++r) {
-    const int32_t* part = sums + r * kGemmTileOutputs;
+    const int32_t* part = sums + r * kGemmSumsStride;
     finish(call, {&part, 1, 0, first_output}, first_row + r, first_output + kGemmTileOutputs,
            work.y + worker * work.y_stride);
   }
+}
+
+// Tiles of as many rows as possible, as each unpacks its weights anew, but enough of them for all workers.
+Tiling tiling_of(const Call& call) {
+  constexpr int64_t kLeastRows = 16;
+  constexpr int64_t kTilesPerWorker = 4;
+  const int64_t m = call.args.m;
+  Tiling tiling;
+  tiling.columns = ceil_div(call.row_bytes, kGemmTileBytes);
+  tiling.rows = min_of(ceil_div(m, kLeastRows), ceil_div(kTilesPerWorker * call.workers, tiling.columns));
+  tiling.rows = max_of(tiling.rows, ceil_div(m, kGemmTileRows));
+  tiling.tile_rows = min_of(kGemmTileRows, round_up(ceil_div(m, tiling.rows), 4));  // of like size
+  tiling.rows = ceil_div(m, tiling.tile_rows);
+  return tiling;
 }
 
 void multiply_rows(const Call& call, const Active& active) {
@@ -397,13 +433,15 @@ void multiply_rows(const Call& call, const Active& active) {
     };
     run_workers(call.parallel, min_of(call.workers, m), body);
   }
-  Tiling tiling;
-  tiling.columns = ceil_div(call.row_bytes, kGemmTileBytes);
-  tiling.rows = ceil_div(m, kGemmTileRows);
-  tiling.tile_rows = min_of(kGemmTileRows, round_up(ceil_div(m, tiling.rows), 4));  // of like size
+  const Tiling tiling = tiling_of(call);
   Pieces tiles(tiling.columns * tiling.rows);
   auto body = [&](int64_t worker) {
-    for (int64_t tile = tiles.take(); tile >= 0; tile = tiles.take()) multiply_tile(call, active, tiling, tile, worker);
+    int64_t tile = tiles.take();
+    while (tile >= 0) {
+      const int64_t next = tiles.take();  // one ahead, so that its weights can be prefetched
+      multiply_tile(call, active, tiling, tile, next, worker);
+      tile = next;
+    }
   };
   run_workers(call.parallel, min_of(call.workers, tiling.columns * tiling.rows), body);
 }
@@ -425,15 +463,19 @@ int ternary_product(const qsk_variant& variant, const TernaryProduct& product, c
   if (scratch_bytes < work.bytes) return QSK_SCRATCH_TOO_SMALL;
   const Call call = {variant, product, parallel, workers, product.row_bytes, sums_per_row(product), work};
 
-  Pieces rows(m);
-  auto quantize_rows = [&](int64_t worker) {
-    for (int64_t row = rows.take(); row >= 0; row = rows.take()) quantize(call, row, worker);
-  };
-  run_workers(parallel, m * product.k < kQuantizePiece ? 1 : min_of(workers, m), quantize_rows);
   if (m == 1) {
     multiply_row(call);
     return QSK_OK;
   }
+  Pieces rows(m);
+  auto quantize_rows = [&](int64_t worker) {
+    for (int64_t row = rows.take(); row >= 0; row = rows.take()) {
+      const QuantizedRow quantized = quantize(call, row, worker);
+      work.gamma[row] = quantized.gamma;
+      work.tally[row] = variant.quantize->drop_below(work.q + row * work.q_stride, product.k, quantized.least);
+    }
+  };
+  run_workers(parallel, m * product.k < kQuantizePiece ? 1 : min_of(workers, m), quantize_rows);
   const Active any = unite(call);
   if (skips(call, any)) {
     multiply_batches(call, any);
