@@ -41,6 +41,8 @@ def export_onnx(
         raise UsageError(
             f"--weights {options.weights} needs a checkpoint; the weights of an ONNX file stay what they are: --weights keep"
         )
+    if options.head not in (None, "keep") or options.activations is not None:
+        raise UsageError("--head and --activations need a checkpoint; an ONNX file keeps the types that it has")
     inputs = _by_name(example_inputs)
     tell("export")
     graph = file.read()
