@@ -41,13 +41,8 @@ def export_onnx(
         raise UsageError(
             f"--weights {options.weights} needs a checkpoint; the weights of an ONNX file stay what they are: --weights keep"
         )
-<<<<<<< HEAD
     if options.head not in (None, "keep") or options.activations not in (None, "fp32") or options.with_bench:
         raise UsageError("--head, --activations and --with-bench need a checkpoint; an ONNX file is compiled as it is")
-=======
-    if options.head not in (None, "keep") or options.activations is not None:
-        raise UsageError("--head and --activations need a checkpoint; an ONNX file keeps the types that it has")
->>>>>>> quant
     inputs = _by_name(example_inputs)
     tell("export")
     graph = file.read()
