@@ -1,5 +1,6 @@
 """annotate-sparsity: k, density and bytes of every mask and product, no weight read, the same when run again."""
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -21,19 +22,29 @@ TEXT = """
 """
 
 
+CONSTANTS = {
+    "packed": np.zeros((96, 64), np.uint8),
+    "scale": np.ones(1, np.float32),
+    "w": np.ones((96, 6), np.float32),
+}
+
+
 @pytest.fixture
 def model():
     ops.register()
-    proto = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(TEXT))
-    made = ir.from_proto(proto)
+    proto = onnx.parser.parse_model(TEXT)
+    del proto.graph.value_info[:]
+    for name, array in CONSTANTS.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    made = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
     def read():
         raise AssertionError("a weight was read")
 
-    for name, dtype, shape in (("packed", "UINT8", (96, 64)), ("scale", "FLOAT", (1,)), ("w", "FLOAT", (96, 6))):
-        tensor = ir.LazyTensor(read, dtype=ir.DataType[dtype], shape=ir.Shape(shape), name=name)
-        old = made.graph.initializers.get(name) or next(v for v in made.graph.inputs if v.name == name)
-        old.const_value = tensor
+    for name, value in made.graph.initializers.items():
+        stored = value.const_value
+        shape = ir.Shape(stored.shape.numpy())
+        value.const_value = ir.LazyTensor(read, dtype=stored.dtype, shape=shape, name=name)
     return made
 
 
