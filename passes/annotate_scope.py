@@ -64,5 +64,9 @@ def _scope(node: ir.Node) -> str:
     if not scopes:
         return ""
     # The exporter writes a Python list: outermost module first, then the node itself.
-    modules = ast.literal_eval(scopes)
-    return modules[-2] if len(modules) > 1 else ""
+    try:
+        modules = ast.literal_eval(scopes)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return ""  # a note of another program, and not what torch.onnx writes
+    is_path = isinstance(modules, list) and len(modules) > 1 and isinstance(modules[-2], str)
+    return modules[-2] if is_path else ""

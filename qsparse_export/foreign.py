@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qsparse_export.errors import UsageError
+from qsparse_export.errors import ExportError, QSparseError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +48,14 @@ def export_onnx(
     graph = file.read()
     tell("lower")
     native_ops = target.native_ops if target.runs_native(options.portable) else frozenset()
-    lowered = lower(graph, options.pipeline, foreign_pipeline_for(native_ops), options.on_pass)
+    try:
+        lowered = lower(graph, options.pipeline, foreign_pipeline_for(native_ops), options.on_pass)
+    except QSparseError:
+        raise
+    except Exception as error:  # a stranger's graph may hold what no checker looks at, such as a Cast to type 44
+        raise ExportError(
+            f"{file.path} cannot be lowered: {error}; look for a damaged node, or leave the pass out (--passes default,-NAME)"
+        ) from error
     tell("compile")
     compile_graph(graph, target, runtime, folder, native=not options.portable)
     manifest = manifest_of("module", model, target, runtime, options, lowered) | {"unfused": unfused(graph)}

@@ -49,14 +49,10 @@ class OnnxFile:
     path: Path
 
     def read(self) -> ir.Model:
-        """A fresh copy of the graph, without notes; the weights in external files are mapped, not read."""
-        import onnx_ir
+        """A fresh copy of the graph; CheckpointError when it is damaged beyond what was seen before."""
+        from qsparse_export.checkpoints.onnx_graph import read_graph
 
-        model = onnx_ir.load(self.path)
-        for node in model.graph.all_nodes():
-            for key in [key for key in node.metadata_props if key.startswith("ai.qsparse.")]:
-                del node.metadata_props[key]  # only this compiler's own word counts there
-        return model
+        return read_graph(self.path)
 
 
 @dataclass(frozen=True)

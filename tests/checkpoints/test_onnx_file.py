@@ -232,3 +232,39 @@ def test_notes_that_a_file_brings_are_not_believed(tmp_path):
     entry = proto.graph.node[0].metadata_props.add()
     entry.key, entry.value = "ai.qsparse.original", '[{"scaled": "x", "q": "x"}]'
     assert not load(save(tmp_path, proto)).onnx.read().graph.node(0).metadata_props
+
+
+@pytest.mark.parametrize("note", ["[", "__import__('os').system('true')", "('a', 1)", "[1, 2]", "[" * 10_000])
+def test_notes_of_the_exporter_that_are_not_its_own(tmp_path, note):
+    from qsparse_export.passes.annotate_scope import SCOPE, AnnotateScope
+
+    proto = model()
+    entry = proto.graph.node[0].metadata_props.add()
+    entry.key, entry.value = "pkg.torch.onnx.name_scopes", note
+    graph = load(save(tmp_path, proto)).onnx.read()
+    AnnotateScope()(graph)
+    assert SCOPE not in graph.graph.node(0).metadata_props
+
+
+def test_texts_that_are_no_utf8(tmp_path):
+    whole = model(doc_string="quite a note", producer_name="p").SerializeToString()
+    path = save(tmp_path, whole.replace(b"quite", b"qui\xbfe"))
+    assert load(path).onnx.read().graph.node(0).op_type == "MatMul"  # a note is dropped unread
+    proto = model()
+    proto.graph.node[0].name = "product"
+    path = save(tmp_path, proto.SerializeToString().replace(b"product", b"prod\xbf\xbft"))
+    with pytest.raises(CheckpointError, match="damaged"):
+        load(path).onnx.read()
+    proto = model([helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT, saturate=1)])
+    text = proto.graph.node[0].attribute.add()
+    text.name, text.type, text.s = "note", onnx.AttributeProto.STRING, b"\xbf"
+    with pytest.raises(CheckpointError):
+        load(save(tmp_path, proto)).onnx.read()
+
+
+def test_a_node_that_no_checker_looks_at(tmp_path):
+    proto = model([helper.make_node("Cast", ["w"], ["v"], to=44), helper.make_node("MatMul", ["x", "v"], ["y"])])
+    path = save(tmp_path, proto)
+    with pytest.raises(QSparseError):
+        qs.export(load(path), out=tmp_path / "bundle")
+    assert [entry for entry in os.listdir(tmp_path) if "bundle" in entry] == []
