@@ -196,7 +196,8 @@ def _schema() -> onnx.defs.OpSchema:
 # The scales are brought into the order of the columns (a constant, which folds), the product back into that of the
 # outputs: output q of the padded row stands in column q % 8 * planes + q / 8 of its 8 * planes. DequantizeLinear along
 # axis 0 and MatMul become ONNX Runtime's MatMulNBits, which by default quantises the activations to int8 too; the session
-# option session.qdq_matmulnbits_accuracy_level = 1 keeps them in float32.
+# option session.qdq_matmulnbits_accuracy_level = 1 keeps them in float32. 8-bit weights are two planes of 4 bits, added by
+# Sum, for the reasons that DenseMatMulNBits has.
 BODY = """
 <domain: "ai.qsparse", opset_import: ["" : 23, "ai.qsparse" : 1]>
 SparseMatMulNBits <k, block, rescale, n, bits, group> (x, w, scales) => (y)
@@ -225,7 +226,6 @@ SparseMatMulNBits <k, block, rescale, n, bits, group> (x, w, scales) => (y)
   scales_by_plane = Reshape (wide_scales, by_plane)
   scales_by_word = Transpose <perm = [0, 1, 3, 2]> (scales_by_plane)
   scales_of_columns = Reshape (scales_by_word, flat)
-  weights = DequantizeLinear <axis = 0, block_size: int = @group> (w, scales_of_columns)
 
   ends = CumSum (outputs, zero_index)
   negative_outputs = Neg (outputs)
@@ -253,7 +253,42 @@ SparseMatMulNBits <k, block, rescale, n, bits, group> (x, w, scales) => (y)
   absolute = Abs (wide)
   finite = LessOrEqual (absolute, largest)
   finite_value = Where (finite, wide, zero)
-  product = MatMul (finite_value, weights)
+  four_index = Constant <value = int64 {4}> ()
+  is_4_bits = Equal (code_bits, four_index)
+  product = If (is_4_bits) <
+    then_branch = of_4_bits () => (product_of_4_bits)
+    {
+      weights = DequantizeLinear <axis = 0, block_size: int = @group> (w, scales_of_columns)
+      product_of_4_bits = MatMul (finite_value, weights)
+    },
+    else_branch = of_8_bits () => (product_of_8_bits)
+    {
+      half = Constant <value = int32 {128}> ()
+      four = Constant <value = uint8 {4}> ()
+      fifteen = Constant <value = uint8 {15}> ()
+      middle_byte = Constant <value = uint8 {8}> ()
+      none_byte = Constant <value = uint8 {0}> ()
+      sixteen = Constant <value = float {16.0}> ()
+      scales_shape = Shape (scales_of_columns)
+      wide_codes = Cast <to = 6> (w)
+      unsigned_int = Add (wide_codes, half)
+      unsigned = Cast <to = 2> (unsigned_int)
+      low_bytes = BitwiseAnd (unsigned, fifteen)
+      low_codes = Cast <to = 21> (low_bytes)
+      none_bytes = Expand (none_byte, scales_shape)
+      none = Cast <to = 21> (none_bytes)
+      low = DequantizeLinear <axis = 0, block_size: int = @group> (low_codes, scales_of_columns, none)
+      low_product = MatMul (finite_value, low)
+      high_bytes = BitShift <direction = "RIGHT"> (unsigned, four)
+      high_codes = Cast <to = 21> (high_bytes)
+      middle_bytes = Expand (middle_byte, scales_shape)
+      middle = Cast <to = 21> (middle_bytes)
+      high_scales = Mul (scales_of_columns, sixteen)
+      high = DequantizeLinear <axis = 0, block_size: int = @group> (high_codes, high_scales, middle)
+      high_product = MatMul (finite_value, high)
+      product_of_8_bits = Sum (low_product, high_product)
+    }
+  >
   product_of_outputs = Gather <axis = -1> (product, columns)
   finite_byte = Cast <to = 2> (finite)
   finite_row_byte = ReduceMin <keepdims = 1> (finite_byte, minus_one)

@@ -99,21 +99,24 @@ CASES = {
     # q k v, gate up; o, down
     "bitnet": ([], {"SparseTernaryMatMul": 2, "TernaryMatMul": 2, "GatedActivation": 1} | LAYER),
     "portable": (["--portable"], {}),
+    # ONNX Runtime's own n-bit product, with activations in float32 as genai_config.json asks.
+    "portable-int4": (["--portable", "--sparse-ratio", "0.2", "--weights", "int4"], {}),
 }
+FOLDERS = {"portable": "bitnet", "portable-int4": "llama"}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_genai_generates_our_tokens_with_the_bundles_kernels(tmp_path, export, folders, name):
     options, calls_per_layer = CASES[name]
-    export(folders["bitnet" if name == "portable" else name], *options, "-o", tmp_path / "bundle")
+    export(folders[FOLDERS.get(name, name)], *options, "-o", tmp_path / "bundle")
     bundle = Bundle.load(tmp_path / "bundle")
     ours = bundle.open(threads=1)
     ids = ours.encode(PROMPT)
     expected = ours.generate(ids, NEW_TOKENS)
     library = bundle.path / LIBRARY_NAME
-    assert library.exists() == (name != "portable")
+    assert library.exists() == (name not in FOLDERS)
     search = json.loads((bundle.path / "genai_config.json").read_text())["search"]
-    assert search["past_present_share_buffer"] == (name != "portable")
+    assert search["past_present_share_buffer"] == (name not in FOLDERS)
     # The same file as genai loads, so the same counters; our own session counted in the installed library's.
     before = open_library(library).calls() if library.exists() else {}
     assert before == {}

@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import qsparse_export as qs
 
 GIB = 1 << 30
@@ -25,17 +27,19 @@ def peak_anonymous_bytes(process):
     return peak
 
 
-def test_export_of_the_bitnet_2b_4t_shape_streams_its_weights(tmp_path):
-    """Four of 30 layers: the embedding, which is the largest tensor by far, is whole."""
+@pytest.mark.parametrize("head", ["keep", "int4"])
+def test_export_of_the_bitnet_2b_4t_shape_streams_its_weights(tmp_path, head):
+    """Four of 30 layers: the embedding, which is the largest tensor by far, is whole, and quantised in slices."""
     shape = "shape:bitnet-2b-4t,layers=4"
     config = qs.load(shape).config
     assert config is not None
-    largest = config.vocab_size * config.hidden_size * 4
+    weights = config.vocab_size * config.hidden_size
+    largest = weights * 4
     script = Path(sys.executable).with_name("qsparse-export")
-    words = [str(script), shape, "--verify", "none", "-o", str(tmp_path / "bundle")]
+    words = [str(script), shape, "--head", head, "--verify", "none", "-o", str(tmp_path / "bundle")]
     with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
         peak = peak_anonymous_bytes(process)
     written = (tmp_path / "bundle" / "model.onnx.data").stat().st_size
     print(f"peak anonymous memory {peak / 2**20:.0f} MiB, {written / 2**20:.0f} MiB written")
-    assert process.returncode == 0 and written > largest
+    assert process.returncode == 0 and written > (largest if head == "keep" else weights / 2)
     assert peak <= GIB + 2 * largest

@@ -95,17 +95,21 @@ def test_body_is_the_reference(op_model, run_body, bits, level, dtype, shape, n,
     assert (error <= allowed[finite]).all(), (error / allowed[finite]).max()
 
 
-def test_body_stays_packed_in_onnx_runtime(op_model, tmp_path):
-    """The weights are not unpacked when a session is made: DequantizeLinear and MatMul become MatMulNBits."""
+@pytest.mark.parametrize(("bits", "products"), [(4, 1), (8, 2)])
+def test_body_stays_packed_in_onnx_runtime(op_model, tmp_path, bits, products):
+    """The weights are not unpacked when a session is made: DequantizeLinear and MatMul become MatMulNBits of 4 bits."""
     x = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
-    packed, scales, _ = matrices([64], 64, 4, 32)
-    attributes = {"k": 64, "block": 0, "rescale": "none", "n": [64], "bits": 4, "group": 32}
-    model = op_model("SparseMatMulNBits", x, {"w": onnx_weights(packed, 4), "scales": scales}, **attributes)
+    packed, scales, _ = matrices([64], 64, bits, 32)
+    attributes = {"k": 64, "block": 0, "rescale": "none", "n": [64], "bits": bits, "group": 32}
+    model = op_model("SparseMatMulNBits", x, {"w": onnx_weights(packed, bits), "scales": scales}, **attributes)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    assert "MatMulNBits" in [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+    kernels = [{a.name: a.i for a in node.attribute}["bits"] for node in nodes if node.op_type == "MatMulNBits"]
+    assert kernels == [4] * products
+    assert not {"DequantizeLinear", "BitShift", "MatMul", "Gemm"} & {node.op_type for node in nodes}
 
 
 def test_torch_op_is_the_reference():
