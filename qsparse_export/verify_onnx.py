@@ -88,12 +88,14 @@ def verify_onnx(
                     f"rounding errors move the original's own outputs by {noise:.3g} of their size: choose other inputs with "
                     "--inputs, or export with --verify none"
                 )
-            free_error = _error(outputs, as_it_is, as_it_is)
         guide = _check(judge, taps, guides, followed, limit)
+        free = _error(outputs, as_it_is, as_it_is)
+        free_error = max(free_error, free)
         parity = ModulePathParity(
             path,
             max((float(np.abs(_wide(outputs[n]) - _wide(followed[n])).max(initial=0)) for n in as_it_is), default=0.0),
-            _error(outputs, followed, as_it_is),
+            # Where no choice was another one, the file as it is must agree as well.
+            max(_error(outputs, followed, as_it_is), 0.0 if guide.flips else free),
             guide.flips,
             session.native_calls(),
         )
@@ -159,7 +161,6 @@ def _check(
     import torch
 
     from qsparse_export.guided import Guide
-    from qsparse_export.ops.topk_sparsify import topk_mask
     from qsparse_export.passes.original_choices import MaskChoice
 
     guide = Guide((), limit)
@@ -167,8 +168,10 @@ def _check(
         seen = torch.from_numpy(_wide(followed[entry.seen])).float()
         theirs = torch.from_numpy(chosen).reshape(seen.shape)  # blocks are rows of their own there
         if isinstance(entry.choice, MaskChoice):
-            own = topk_mask(seen, entry.choice.k) & (seen != 0)
-            guide.check_mask(tap, seen, theirs & (seen != 0), own)
+            # What is 0 anyway does not show whether it was kept.
+            shows = torch.from_numpy(_wide(followed[entry.kept])).reshape(seen.shape) != 0
+            free = torch.from_numpy(_wide(followed[entry.free])).reshape(seen.shape) != 0
+            guide.check_mask(tap, seen, theirs & shows, free & shows)
         else:
             # Behind a mask the integers that it drops are not known, and the original's own stay.
             integers = torch.where(theirs == 0, seen.round(), theirs) if entry.choice.masked else theirs

@@ -160,7 +160,12 @@ def export(module, opset=23, dynamo=True, width=WIDTH, dtype=torch.float32, args
             if dynamo:
                 dims = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
                 program = torch.onnx.export(
-                    module.eval(), args, dynamo=True, opset_version=opset, verbose=False, dynamic_shapes=(dims,) * len(args)
+                    module.eval(),
+                    args,
+                    dynamo=True,
+                    opset_version=opset,
+                    verbose=False,
+                    dynamic_shapes=(dims,) * len(args),
                 )
                 return program.model_proto
             file = io.BytesIO()

@@ -111,8 +111,8 @@ struct GatedActivationKernel : Kernel {
     shape.dims[shape.rank - 1] = n;
     void* y = nullptr;
     QSPARSE_RETURN_IF_ERROR(output_data(api, context, shape, &y));
-    const qsk_gated_activation_args args = {kKernelType<Type>, activation, x, static_cast<float*>(y),
-                                            row_count(shape),    n};
+    const qsk_gated_activation_args args = {kKernelType<Type>,      activation,       x,
+                                            static_cast<float*>(y), row_count(shape), n};
     Pool pool(api, context);
     const int64_t scratch_bytes = qsk_gated_activation_scratch_bytes(&args, pool.parallel());
     const int status =

@@ -38,8 +38,8 @@ def chosen(bundle):
     values = {name: [] for name in names}
     run = session.run
 
-    def recording(feeds):
-        outputs = run(feeds)
+    def recording(feeds, results=None):
+        outputs = run(feeds, results)
         for name in names:
             values[name].append(outputs[name].numpy().reshape(-1, outputs[name].numpy().shape[-1]))
         return outputs

@@ -216,7 +216,7 @@ def test_functions_of_the_model_are_inlined(tmp_path):
 
 def test_an_op_that_only_a_newer_opset_has_is_named(tmp_path):
     proto = model([helper.make_node("Swish", ["x"], ["y"])], opset=24, initializers=[])
-    with pytest.raises(QSparseError, match="Swish .* came with opset 24"):
+    with pytest.raises(QSparseError, match=r"Swish .* came with opset 24"):
         qs.export(load(save(tmp_path, proto)), out=tmp_path / "bundle")
     assert os.listdir(tmp_path) == ["model.onnx"]
 

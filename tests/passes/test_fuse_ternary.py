@@ -17,7 +17,7 @@ from qsparse_export.passes.fuse_ternary_weights import ternary_of
 from qsparse_export.passes.lower_attach_bodies import AttachBodies
 
 pytest.importorskip("transformers", reason="the spellings are transformers', from the extra [hf]")
-from foreign_bitnet import INPUTS, KINDS, OUTPUTS, BitLinears, StraightThroughLinear, linear  # noqa: E402
+from foreign_bitnet import INPUTS, KINDS, OUTPUTS, BitLinears, StraightThroughLinear, linear
 
 IMPORT = "inline-functions,convert-opset,infer-shapes,annotate-scope,eliminate-identity,fold-constants,infer-shapes,fuse-topk"
 UNIT = 2.0**-24  # of rounding in float32
@@ -265,7 +265,8 @@ SPELLINGS = {
     "clip first": "scale = Div (top, gamma) scaled = Mul (x, scale) bounded = Clip (scaled, bottom, top) q = Round (bounded)",
     "min and max": "step = Div (gamma, top) scaled = Div (x, step) rounded = Round (scaled) low = Max (rounded, bottom) "
     "q = Min (low, top)",
-    "integers": PLAIN.replace("q = Clip", "clipped = Clip") + " small = Cast <to = 3> (clipped) q = Cast <to = 1> (small)",
+    "integers": PLAIN.replace("q = Clip", "clipped = Clip")
+    + " small = Cast <to = 3> (clipped) q = Cast <to = 1> (small)",
 }
 TERNARY = (np.random.default_rng(0).integers(-1, 2, (64, 48)) * 0.25).astype(np.float32)
 

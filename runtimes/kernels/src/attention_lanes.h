@@ -15,9 +15,7 @@ constexpr float kNothingVisible = -__builtin_inff();
 template <int kRows, int kKeys>
 QSK_INLINE void dot(const float* q, const float* key, int64_t width, float* scores) {
   Lanes sums[kRows][kKeys];
-  QSK_UNROLL for (int r = 0; r < kRows; ++r) {
-    QSK_UNROLL for (int j = 0; j < kKeys; ++j) sums[r][j] = Lanes{};
-  }
+  QSK_UNROLL for (int r = 0; r < kRows; ++r) { QSK_UNROLL for (int j = 0; j < kKeys; ++j) sums[r][j] = Lanes{}; }
   int64_t i = 0;
   for (; i + kLanes <= width; i += kLanes) {
     QSK_UNROLL for (int j = 0; j < kKeys; ++j) {

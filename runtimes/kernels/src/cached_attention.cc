@@ -17,8 +17,8 @@ constexpr int64_t kProductsPerWorker = 100000;
 int check(const Args* args) {
   if (args == nullptr) return QSK_NULL_ARGUMENT;
   if (args->type != QSK_FLOAT32 && args->type != QSK_FLOAT16) return QSK_BAD_TYPE;
-  const int64_t sizes[] = {args->batch, args->tokens, args->total, args->heads, args->kv_heads, args->width,
-                           args->past_capacity};
+  const int64_t sizes[] = {args->batch,    args->tokens, args->total,        args->heads,
+                           args->kv_heads, args->width,  args->past_capacity};
   double elements = 1;
   for (int64_t size : sizes) {
     if (size < 0 || size > INT32_MAX) return QSK_BAD_SIZE;
@@ -30,9 +30,9 @@ int check(const Args* args) {
   return QSK_OK;
 }
 
-// How one call is cut. Rows are the queries of one KV head, all its heads of one token side by side. A piece of work is a
-// block of rows; when there are fewer blocks than threads, each chunk of keys is a piece of its own, and the chunks are
-// merged afterwards in the order in which one thread would.
+// How one call is cut. Rows are the queries of one KV head, all its heads of one token side by side. A piece of work is
+// a block of rows; when there are fewer blocks than threads, each chunk of keys is a piece of its own, and the chunks
+// are merged afterwards in the order in which one thread would.
 struct Plan {
   Plan(const Args& args, const qsk_parallel* parallel)
       : group(args.heads / args.kv_heads),
@@ -62,9 +62,9 @@ Partial take_partial(Scratch& scratch, const Args& args, int64_t rows) {
 
 struct Worker {
   float* scores;
-  float* key;    // a chunk of a float16 cache
+  float* key;  // a chunk of a float16 cache
   float* value;
-  float* row;    // 3 rows of width: what a float16 row becomes, and its turned form
+  float* row;  // 3 rows of width: what a float16 row becomes, and its turned form
   Partial chunk;
   Partial all;
 };
@@ -106,7 +106,8 @@ class Attention {
         partials_(scratch.take<uint8_t>(plan.is_split ? plan.pieces * partial_bytes(args) : 0)) {}
 
   void run(const qsk_parallel* parallel) {
-    // New keys and values first: every piece may read them. One short row per token and head, unless the past is copied.
+    // New keys and values first: every piece may read them. One short row per token and head, unless the past is
+    // copied.
     const bool copies = args_.past_key != args_.present_key || args_.past_value != args_.present_value;
     const bool is_short = !copies && args_.tokens * args_.batch <= 4;
     Pieces sets(plan_.sets);
@@ -141,9 +142,7 @@ class Attention {
     Scratch scratch(partials_ + piece * partial_bytes(args_));
     return take_partial(scratch, args_, kAttendRows);
   }
-  int64_t rows_of(int64_t block) const {
-    return min_of(kAttendRows, plan_.rows - block % plan_.blocks * kAttendRows);
-  }
+  int64_t rows_of(int64_t block) const { return min_of(kAttendRows, plan_.rows - block % plan_.blocks * kAttendRows); }
   const uint8_t* at(const void* base, int64_t element) const {
     return static_cast<const uint8_t*>(base) + element * bytes_;
   }
@@ -246,8 +245,7 @@ class Attention {
   void merge(int64_t rows, const Partial& into, const Partial& other) const {
     for (int64_t row = 0; row < rows; ++row) {
       AttendedRow mine = {into.largest[row], into.total[row], into.sums + row * args_.width};
-      variant_.layer->merge(args_.width, &mine,
-                             {other.largest[row], other.total[row], other.sums + row * args_.width});
+      variant_.layer->merge(args_.width, &mine, {other.largest[row], other.total[row], other.sums + row * args_.width});
       into.largest[row] = mine.largest;
       into.total[row] = mine.total;
     }

@@ -45,8 +45,7 @@ int qsk_gated_activation(const qsk_variant* variant, const qsk_gated_activation_
   const int64_t needed = qsk_gated_activation_scratch_bytes(args, parallel);
   if (args->x == nullptr || args->y == nullptr || (needed > 0 && scratch == nullptr)) return QSK_NULL_ARGUMENT;
   if (scratch_bytes < needed) return QSK_SCRATCH_TOO_SMALL;
-  const auto activate =
-      args->activation == QSK_RELU2 ? variant->layer->gated_relu2 : variant->layer->gated_silu;
+  const auto activate = args->activation == QSK_RELU2 ? variant->layer->gated_relu2 : variant->layer->gated_silu;
   qsk::Pieces rows(args->rows);
   auto body = [&](int64_t worker) {
     float* converted = reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + worker * qsk::worker_bytes(*args));

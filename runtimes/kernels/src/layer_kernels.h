@@ -1,5 +1,5 @@
-// The seam between the drivers of what stands between a layer's products, and their kernels; see kernels.h for the rules
-// of such files.
+// The seam between the drivers of what stands between a layer's products, and their kernels; see kernels.h for the
+// rules of such files.
 #ifndef QSK_SRC_LAYER_KERNELS_H_
 #define QSK_SRC_LAYER_KERNELS_H_
 

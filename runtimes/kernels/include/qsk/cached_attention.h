@@ -10,16 +10,16 @@ extern "C" {
 #endif
 
 typedef struct qsk_cached_attention_args {
-  int type;                    // of everything but visible: QSK_FLOAT32 or QSK_FLOAT16
-  const void* qkv;             // [batch, tokens, (heads + 2 * kv_heads) * width]
-  const void* cosine;          // [batch, tokens, width / 2]
-  const void* sine;            // the same
-  const uint8_t* visible;      // [batch, tokens, total] of 0 and 1: the keys that a query may look at
-  const void* past_key;        // [batch, kv_heads, past_capacity, width], of which total - tokens are filled
-  const void* past_value;      // the same
-  void* y;                     // [batch, tokens, heads * width]
-  void* present_key;           // [batch, kv_heads, max(past_capacity, total), width]; may be past_key when the cache has
-  void* present_value;         // room: then only the new tokens are written. So for the values.
+  int type;                // of everything but visible: QSK_FLOAT32 or QSK_FLOAT16
+  const void* qkv;         // [batch, tokens, (heads + 2 * kv_heads) * width]
+  const void* cosine;      // [batch, tokens, width / 2]
+  const void* sine;        // the same
+  const uint8_t* visible;  // [batch, tokens, total] of 0 and 1: the keys that a query may look at
+  const void* past_key;    // [batch, kv_heads, past_capacity, width], of which total - tokens are filled
+  const void* past_value;  // the same
+  void* y;                 // [batch, tokens, heads * width]
+  void* present_key;       // [batch, kv_heads, max(past_capacity, total), width]; may be past_key when the cache has
+  void* present_value;     // room: then only the new tokens are written. So for the values.
   int64_t batch, tokens, total;
   int64_t heads, kv_heads, width;
   int64_t past_capacity;
