@@ -56,7 +56,13 @@ def measure(case: Case, threads: int, quick: bool) -> dict:
     """The report of one case, with its command and the machine's load average before it."""
     words = case.command(threads, quick)
     before = os.getloadavg()[0]
-    bench = [sys.executable, "-c", "import sys; from qsparse_export.cli.bench import main; sys.exit(main())", *words]
+    bench = [
+        sys.executable,
+        "-P",
+        "-c",
+        "import sys; from qsparse_export.cli.bench import main; sys.exit(main())",
+        *words,
+    ]
     printed = subprocess.run(bench, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(printed) | {"command": shlex.join(["qsparse-bench", *words]), "load_before": round(before, 1)}
 

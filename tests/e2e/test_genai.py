@@ -92,7 +92,10 @@ def generated_by_genai(bundle, ids):
 
 LAYER = {"CachedAttention": 1, "AddRmsNorm": 2}
 CASES = {
-    "llama": (["--sparse-ratio", "0.4", "--sparse-ratio", "down=0.5"], {"SparseMatMul": 4, "GatedActivation": 1} | LAYER),
+    "llama": (
+        ["--sparse-ratio", "0.4", "--sparse-ratio", "down=0.5"],
+        {"SparseMatMul": 4, "GatedActivation": 1} | LAYER,
+    ),
     # q k v, gate up; o, down
     "bitnet": ([], {"SparseTernaryMatMul": 2, "TernaryMatMul": 2, "GatedActivation": 1} | LAYER),
     "portable": (["--portable"], {}),

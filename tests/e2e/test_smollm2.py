@@ -122,7 +122,7 @@ def choices_of(bundle, session, window):
             return seen
 
     Generator(Recorder(), bundle.open().shape).logits(window.tolist())
-    return [(tap, session.to_numpy(seen[tap.value])) for tap in taps_of(bundle)]
+    return [(tap, tap.choice(session.to_numpy(seen[tap.value]))) for tap in taps_of(bundle)]
 
 
 def taps_of(bundle):

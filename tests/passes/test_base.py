@@ -1,5 +1,6 @@
 """The spelling of passes, and that every pass in the table keeps the contract."""
 
+import re
 from dataclasses import fields
 
 import onnx_ir as ir
@@ -18,7 +19,7 @@ from qsparse_export.passes.pipelines import DEFAULT
 def test_the_table_names_each_pass_and_each_shows_before_and_after(name):
     cls = pass_class(name)
     assert issubclass(cls, Pass) and cls.name == name
-    assert ("Before:" in cls.__doc__ and "After:" in cls.__doc__) or name == "check"
+    assert ("Before:" in cls.__doc__ and re.search(r"After[^:]*:", cls.__doc__, re.DOTALL)) or name == "check"
 
 
 @given(st.integers(0, 1 << 40), st.lists(st.sampled_from(sorted(set(PASSES) - {"fold-constants"})), max_size=5))
