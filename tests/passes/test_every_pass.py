@@ -21,6 +21,7 @@ from qsparse_export.passes.base import parse_pipeline, pass_class
 from qsparse_export.passes.pipelines import DEFAULT
 from qsparse_export.weights import StateDict
 
+RANDOM = "test_bernoulli"  # right by chance
 NARROWS = "float16"  # takes other inputs by contract; tests/passes/test_lower_float16.py judges it
 TINY = ModelConfig(
     architecture="llama",
@@ -52,7 +53,7 @@ def cases() -> list[TestCase]:
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         found = [case for case in collect_testcases(None) if isinstance(case.model, onnx.ModelProto)]
-    return found
+    return [case for case in found if not case.name.startswith(RANDOM)]
 
 
 def disagreements(case: TestCase, model: onnx.ModelProto) -> Iterator[str]:
@@ -76,6 +77,21 @@ def is_judged(case: TestCase) -> bool:
         return False
 
 
+def told(spelling: bytes) -> str:
+    """The graph without what computes nothing: types of inner values, and the names of constants' tensors."""
+    model = onnx.ModelProto.FromString(spelling)
+
+    def strip(graph: onnx.GraphProto) -> None:
+        del graph.value_info[:]
+        for attribute in (attribute for node in graph.node for attribute in node.attribute):
+            attribute.t.ClearField("name")
+            for inner in (attribute.g, *attribute.graphs):
+                strip(inner)
+
+    strip(model.graph)
+    return str(model)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", sorted(set(PASSES) - {NARROWS}))
 def test_onnxs_node_cases_keep_their_results(cases, name):
@@ -90,7 +106,9 @@ def test_onnxs_node_cases_keep_their_results(cases, name):
             refused += 1
             continue
         after = spelled(graph)
-        assert modified == (before != after) or name == "sort-nodes", f"{case.name}: modified is {modified}"
+        assert modified == (told(before) != told(after)) or name == "infer-shapes", (
+            f"{case.name}: modified is {modified}"
+        )
         if before == after:
             unchanged += 1
         elif is_judged(case):
