@@ -28,6 +28,6 @@ class Check(Pass):
         try:
             with weights_unread(model):
                 CheckerPass(full_check=True)(model)
-        except onnx.checker.ValidationError as error:
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError(f"the graph is not valid ONNX, which is a fault of this compiler: {error}") from error
         return PassResult(model, False)

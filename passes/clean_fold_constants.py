@@ -8,6 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnxscript.optimizer import fold_constants
 
+from qsparse_export.errors import ExportError
 from qsparse_export.passes.base import Pass, PassResult
 
 
@@ -22,6 +23,9 @@ class FoldConstants(Pass):
     limit: int = 1024
 
     def call(self, model: ir.Model) -> PassResult:
-        """See :class:`Pass`."""
-        result = fold_constants(model, input_size_limit=self.limit, output_size_limit=self.limit)
+        """See :class:`Pass`; ExportError where the optimiser gives up."""
+        try:
+            result = fold_constants(model, input_size_limit=self.limit, output_size_limit=self.limit)
+        except RuntimeError as error:  # onnxscript 0.7 folds some sequences of constants wrongly, and then stops
+            raise ExportError(f"constants cannot be folded: {error}; leave this pass out with --passes") from error
         return PassResult(model, result.modified)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qsparse_export.errors import UsageError
+from qsparse_export.errors import ExportError, UsageError
 from qsparse_export.passes.annotate_scope import SCOPE
 from qsparse_export.passes.base import Pass, PassResult
 from qsparse_export.passes.match import STANDARD, replaced
@@ -26,7 +26,7 @@ class Decompose(Pass):
         y = Mul(Cast(Div(x32, Sqrt(Add(ReduceMean(Pow(x32, 2)), epsilon)))), weight)      # and what else the schema writes
 
     The default is what runtimes without opset 23 lack, and TVM's importer. UsageError for an op that ONNX defines by words
-    alone.
+    alone, ExportError for a node that onnx cannot write out.
     """
 
     name: ClassVar[str] = "decompose"
@@ -39,8 +39,10 @@ class Decompose(Pass):
         opset = model.opset_imports.get("", 23)
         names = self.ops.split("+")
         for op in names:
+            if not onnx.defs.has(op):
+                raise UsageError(f"decompose: ONNX has no op {op!r}")
             if not onnx.defs.has(op, opset, ""):
-                raise UsageError(f"decompose: ONNX has no op {op!r} in opset {opset}")
+                continue  # younger than the graph, which cannot hold it
             schema = onnx.defs.get_schema(op, opset, "")
             if not schema.has_function and not schema.has_context_dependent_function:
                 raise UsageError(
@@ -67,9 +69,13 @@ def _replace(graph: ir.Graph, node: ir.Node, opset: int, label: str) -> None:
         [copy], label, [_info(n, v) for n, v in inputs.items()], [_info(copy.output[0], node.outputs[0])]
     )
     made = onnx.helper.make_model(one, opset_imports=[onnx.helper.make_opsetid("", opset)])
-    lowered = ir.from_proto(
-        onnx.inliner.inline_selected_functions(made, [("", node.op_type)], inline_schema_functions=True)
-    ).graph
+    try:
+        inlined = onnx.inliner.inline_selected_functions(made, [("", node.op_type)], inline_schema_functions=True)
+    except (
+        RuntimeError
+    ) as error:  # onnx 1.23: where an optional input in the middle is left out, or a type is not known
+        raise ExportError(f"decompose: onnx cannot write out {node.op_type} {node.outputs[0].name}: {error}") from error
+    lowered = ir.from_proto(inlined).graph
     scope = node.metadata_props.get(SCOPE)
     outputs = {value.name: value for inner in lowered for value in inner.outputs}
     for given in lowered.inputs:

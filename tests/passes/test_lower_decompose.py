@@ -57,5 +57,5 @@ def test_only_the_named_ops_and_only_those_with_a_definition():
     assert not Decompose(ops="Attention")(graph).modified and spelled(graph) == before
     with pytest.raises(UsageError, match="ONNX defines MatMul by words alone"):
         Decompose(ops="MatMul")(graph)
-    with pytest.raises(UsageError, match="ONNX has no op 'RMSNorm' in opset 23"):
+    with pytest.raises(UsageError, match="ONNX has no op 'RMSNorm'"):
         Decompose(ops="RMSNorm")(graph)
