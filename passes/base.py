@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import re
@@ -15,7 +16,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 from qsparse_export.errors import UsageError, near_names
 from qsparse_export.passes import PASSES
 
-__all__ = ["OnPass", "Pass", "PassResult", "parse_pipeline", "run_pipeline"]
+__all__ = ["OnPass", "Pass", "PassResult", "parse_pipeline", "run_pipeline", "weights_unread"]
 
 _SPEC = re.compile(
     r"(?P<sign>[+-]?)(?P<name>[a-z0-9][a-z0-9-]*)(?:\{(?P<options>[^{}]*)\})?(?:@(?P<before>[a-z0-9-]+))?"
@@ -145,3 +146,18 @@ def run_pipeline(model: ir.Model, pipeline: tuple[Pass, ...], on_pass: OnPass | 
         if on_pass is not None:
             on_pass(number, step, model)
     return modified
+
+
+@contextlib.contextmanager
+def weights_unread(model: ir.Model) -> Iterator[None]:
+    """Inside, lazy initialisers have no value: onnx's own functions would read the small ones, each a whole matrix of the
+    checkpoint, and hide what is wrong with it in an error of theirs."""
+    lazy = [value for value in model.graph.initializers.values() if isinstance(value.const_value, ir.LazyTensor)]
+    values = [value.const_value for value in lazy]
+    for value in lazy:
+        value.const_value = None
+    try:
+        yield
+    finally:
+        for value, tensor in zip(lazy, values, strict=True):
+            value.const_value = tensor

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CheckerPass
 
 from qsparse_export.errors import ExportError
-from qsparse_export.passes.base import Pass, PassResult
+from qsparse_export.passes.base import Pass, PassResult, weights_unread
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Check(Pass):
 
         ops.register()
         try:
-            CheckerPass(full_check=True)(model)
+            with weights_unread(model):
+                CheckerPass(full_check=True)(model)
         except onnx.checker.ValidationError as error:
             raise ExportError(f"the graph is not valid ONNX, which is a fault of this compiler: {error}") from error
         return PassResult(model, False)

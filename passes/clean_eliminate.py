@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -57,4 +58,29 @@ class EliminateIdentity(Pass):
 
     def call(self, model: ir.Model) -> PassResult:
         """See :class:`Pass`."""
-        return IdentityEliminationPass()(model)
+        # onnx-ir 1.1 gives the input the name of the output where that is a graph's output: wrong for an input that is an
+        # output too, or that belongs to the graph around it. Those nodes are out of its sight meanwhile.
+        held = [node for node in _identities(model) if _must_stay(node)]
+        for node in held:
+            node.domain = _HELD
+        try:
+            return IdentityEliminationPass()(model)
+        finally:
+            for node in held:
+                node.domain = ""
+
+
+_HELD = "ai.qsparse.held"
+
+
+def _identities(model: ir.Model) -> Iterator[ir.Node]:
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        yield from (node for node in graph.all_nodes() if node.domain == "" and node.op_type == "Identity")
+
+
+def _must_stay(node: ir.Node) -> bool:
+    source = node.inputs[0]
+    if source is None or not node.outputs[0].is_graph_output():
+        return False
+    producer = source.producer()
+    return source.is_graph_output() or producer is None or producer.graph is not node.graph

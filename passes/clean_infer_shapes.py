@@ -8,7 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from qsparse_export.passes.base import Pass, PassResult
+from qsparse_export.passes.base import Pass, PassResult, weights_unread
 
 
 @dataclass(frozen=True)
@@ -25,4 +25,5 @@ class InferShapes(Pass):
         from qsparse_export import ops
 
         ops.register()
-        return ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+        with weights_unread(model):
+            return ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from qsparse_export.ops.base import DOMAIN, VERSION
 from qsparse_export.passes.annotate_scope import SCOPE
 from qsparse_export.passes.base import Pass, PassResult
 from qsparse_export.passes.fuse_ternary_rows import QuantisedRow, RowFactor, Unlike, quantised_row, row_factor
@@ -22,7 +23,6 @@ from qsparse_export.passes.fuse_topk_around import new_mask, replace
 from qsparse_export.passes.fuse_topk_masks import NoMatch, root
 from qsparse_export.passes.original_choices import MaskChoice, RoundingChoice, add_choice
 
-DOMAIN = "ai.qsparse"
 _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
@@ -55,6 +55,7 @@ class FuseTernary(Pass):
                 _rewrite(model.graph, match, shared)
                 modified = True
         if modified:
+            model.opset_imports[DOMAIN] = VERSION
             RemoveUnusedNodesPass()(model)
         return PassResult(model, modified)
 
@@ -158,9 +159,8 @@ def _rewrite(graph: ir.Graph, match: _Match, shared: dict[tuple[int, float], tup
     x = _in_type(row.x, match.y.dtype)
     nodes: list[ir.Node] = []
     if row.mask is not None:
-        k = row.mask.mask.k
-        mask = new_mask(x, k, 0, "none", product)
-        add_choice(mask, MaskChoice(str(x.name), str(row.mask.kept.name), (str(row.mask.masked.name),), k))
+        mask = new_mask(x, row.mask.mask.k, 0, "none", product)
+        add_choice(mask, MaskChoice(str(x.name), str(row.mask.kept.name), (str(row.mask.masked.name),)))
         nodes.append(mask)
         x = mask.outputs[0]
     key = (id(match.weights), match.alpha)

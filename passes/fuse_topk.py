@@ -8,6 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from qsparse_export.ops.base import DOMAIN, VERSION
 from qsparse_export.passes.base import Pass, PassResult
 from qsparse_export.passes.fuse_topk_around import new_mask, put_value, replace, simplified
 from qsparse_export.passes.fuse_topk_masks import (
@@ -24,7 +25,6 @@ from qsparse_export.passes.fuse_topk_masks import (
 )
 from qsparse_export.passes.original_choices import MaskChoice, add_choice
 
-DOMAIN = "ai.qsparse"
 _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
@@ -57,6 +57,7 @@ class FuseTopK(Pass):
                     modified = True
             modified |= simplified(graph)
         if modified:
+            model.opset_imports[DOMAIN] = VERSION
             RemoveUnusedNodesPass()(model)
         return PassResult(model, modified)
 
@@ -178,7 +179,7 @@ def _rewrite(node: ir.Node, match: _Match) -> None:
     fused = new_mask(x, match.mask.k, 0, "none", node)
     assert node.graph is not None and x.name is not None
     node.graph.insert_before(node, fused)
-    add_choice(fused, MaskChoice(x.name, x.name, tuple(str(result.name) for result in results), match.mask.k))
+    add_choice(fused, MaskChoice(x.name, x.name, tuple(str(result.name) for result in results)))
     replace(results[0], fused.outputs[0])
     for result in results[1:]:
         put_value(result, fused.outputs[0])

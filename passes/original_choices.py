@@ -21,7 +21,6 @@ class MaskChoice:
     x: str
     kept: str
     masked: tuple[str, ...]
-    k: int
 
 
 @dataclass(frozen=True)

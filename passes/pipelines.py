@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 IMPORT = (
     "inline-functions",  # rules see one flat graph
     "convert-opset",  # the function bodies are written in one opset
@@ -22,11 +24,22 @@ CLEAN = (
     "eliminate-dead",  # what folding left behind
 )
 
+NARROW = (
+    "float16",  # before the fusions, which read the Casts that it makes; after CLEAN, so that it makes each of them once
+)
+
 FUSE = (
     "fuse-sparse-ternary",  # after duplicates are gone: matrices share a mask only when it is one node
     "fuse-sparse-nbits",
     "fuse-sparse-matmul",
 )
+
+FUSE_NATIVE = {
+    "fuse-glu": "GatedActivation",  # after the products are one node: only then is there nothing to join
+    "fuse-norm": "AddRmsNorm",
+    "fuse-attention": "CachedAttention",
+}
+"""Passes whose op pays only where its kernel runs (the body takes longer than what it replaces), and that op."""
 
 LOWER = (
     "attach-bodies",  # the portable fallback and the specification of every custom op
@@ -35,7 +48,25 @@ LOWER = (
     "check",  # nothing invalid leaves the compiler
 )
 
-FOREIGN = ",".join(IMPORT + CLEAN + FUSE + LOWER)
-"""Of a graph that another exporter wrote."""
 
-DEFAULT = ",".join(CLEAN + FUSE + LOWER)
+def pipeline_for(native_ops: Collection[str], *, narrow: bool = False) -> str:
+    """The spec string for a runtime that has kernels for ``native_ops``; none of them for a portable bundle.
+
+    ``narrow``: float16 instead of float32.
+    """
+    return ",".join(CLEAN + (NARROW if narrow else ()) + FUSE + _native(native_ops) + LOWER)
+
+
+def foreign_pipeline_for(native_ops: Collection[str]) -> str:
+    """The same for a graph that another exporter wrote."""
+    return ",".join(IMPORT + CLEAN + FUSE + _native(native_ops) + LOWER)
+
+
+def _native(ops: Collection[str]) -> tuple[str, ...]:
+    return tuple(name for name, op in FUSE_NATIVE.items() if op in ops)
+
+
+FOREIGN = foreign_pipeline_for(FUSE_NATIVE.values())
+"""Of a graph that another exporter wrote, where every kernel runs."""
+
+DEFAULT = pipeline_for(FUSE_NATIVE.values())

@@ -142,24 +142,29 @@ def _export_decoder(
     from qsparse_export.compile import add_decoder_files, add_device_bench, compile_graph, verification_record
     from qsparse_export.exporter import decoder_graph
     from qsparse_export.nn.quantized_source import QuantizedSource
+    from qsparse_export.ops.cached_attention import SHARED_CACHE
     from qsparse_export.quantization_report import quantization_table
 
     chosen = precision(config, options.weights, options.head, options.activations)
     config = chosen.config
     source = QuantizedSource(model.weights, chosen.formats, config.tied_embeddings)
     tell("export")
-    graph = decoder_graph(config, source, getattr(torch, chosen.dtype), chosen.formats)
+    graph = decoder_graph(config, source, torch.float32, chosen.formats)
     tell("lower")
-    pipeline = _lower(graph, options)
+    pipeline = _lower(graph, target, options, narrow=chosen.dtype == "float16")
+    _require_dtype(graph, chosen.dtype, pipeline)
     tell("compile")
     files = compile_graph(graph, target, runtime, folder, native=not options.portable)
-    add_decoder_files(folder, files, config, model.tokenizer.read() if model.tokenizer else None)
+    shares_cache = graph.metadata_props.get(SHARED_CACHE) == "true"
+    tokenizer = model.tokenizer.read() if model.tokenizer else None
+    add_decoder_files(folder, files, config, tokenizer, shares_cache=shares_cache)
     if options.with_bench:
         add_device_bench(folder, target)
     manifest = manifest_of("decoder", model, target, runtime, options, pipeline)
     manifest |= {
         "dtype": chosen.dtype,
         "model": config.to_dict(),
+        "head": options.head or ("int8" if chosen.formats.head else "keep"),
         "sparsity": sparsity_table(config),
         "quantization": quantization_table(chosen.formats, source) if chosen.is_quantized else None,
     }
@@ -218,7 +223,7 @@ def _export_module(
     tell("export")
     graph = module_graph(model.program)
     tell("lower")
-    pipeline = _lower(graph, options)
+    pipeline = _lower(graph, target, options)
     tell("compile")
     compile_graph(graph, target, runtime, folder, native=not options.portable)
     manifest = manifest_of("module", model, target, runtime, options, pipeline)
@@ -231,11 +236,24 @@ def _export_module(
     return manifest
 
 
-def _lower(graph: ir.Model, options: Options) -> str:
+def _lower(graph: ir.Model, target: Target, options: Options, *, narrow: bool = False) -> str:
     from qsparse_export.lower import lower
-    from qsparse_export.passes.pipelines import DEFAULT
+    from qsparse_export.passes.pipelines import pipeline_for
 
-    return lower(graph, options.pipeline, DEFAULT, options.on_pass)
+    native_ops = target.native_ops if target.runs_native(options.portable) else frozenset()
+    return lower(graph, options.pipeline, pipeline_for(native_ops, narrow=narrow), options.on_pass)
+
+
+def _require_dtype(graph: ir.Model, dtype: str, pipeline: str) -> None:
+    """UsageError when a pipeline of the user's own left the graph in another type than the one asked for."""
+    import onnx_ir
+
+    made = "float16" if graph.graph.outputs[0].dtype == onnx_ir.DataType.FLOAT16 else "float32"
+    if made != dtype:
+        raise UsageError(
+            f"the passes make a {made} graph and the options ask for {dtype}: the pass float16, before attach-bodies, is "
+            f"what narrows it (--weights fp16 or --activations fp16 bring it along); the passes were {pipeline}"
+        )
 
 
 def sparsity_table(config: ModelConfig) -> list[dict[str, Any]]:

@@ -90,14 +90,22 @@ def verification_record(target: Target, runtime: Runtime, *, native: bool) -> di
 
 
 def add_decoder_files(
-    folder: Path, files: tuple[str, ...], config: ModelConfig, tokenizer: Mapping[str, bytes] | None
+    folder: Path,
+    files: tuple[str, ...],
+    config: ModelConfig,
+    tokenizer: Mapping[str, bytes] | None,
+    *,
+    shares_cache: bool,
 ) -> None:
-    """Writes genai_config.json for the compiled ``files`` and the tokenizer's files (name -> content)."""
+    """Writes genai_config.json for the compiled ``files`` and the tokenizer's files (name -> content).
+
+    ``shares_cache``: the graph takes one buffer as past and present.
+    """
     from qsparse_export.runtimes.ort.genai import genai_config
 
     graph = next(name for name in files if name.endswith(".onnx"))
     library = next((name for name in files if name.endswith((".so", ".dylib", ".dll"))), None)
-    plain = genai_config(config.to_dict(), graph, library)
+    plain = genai_config(config.to_dict(), graph, library, shares_cache=shares_cache)
     (folder / "genai_config.json").write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
     tokens = dict(tokenizer or {})
     if "tokenizer.json" in tokens:  # onnxruntime-genai refuses a tokenizer without the second file

@@ -32,20 +32,23 @@ def export_onnx(
     Raises UsageError when weights are to be changed or ``example_inputs`` have no names.
     """
     from qsparse_export.api import manifest_of
-    from qsparse_export.compile import compile_graph
+    from qsparse_export.compile import compile_graph, verification_record
     from qsparse_export.lower import lower
-    from qsparse_export.passes.pipelines import FOREIGN
+    from qsparse_export.passes.pipelines import foreign_pipeline_for
     from qsparse_export.verify_onnx import verify_onnx
 
     if options.weights != "keep":
         raise UsageError(
             f"--weights {options.weights} needs a checkpoint; the weights of an ONNX file stay what they are: --weights keep"
         )
+    if options.head not in (None, "keep") or options.activations not in (None, "fp32") or options.with_bench:
+        raise UsageError("--head, --activations and --with-bench need a checkpoint; an ONNX file is compiled as it is")
     inputs = _by_name(example_inputs)
     tell("export")
     graph = file.read()
     tell("lower")
-    pipeline = lower(graph, options.pipeline, FOREIGN, options.on_pass)
+    native_ops = target.native_ops if target.runs_native(options.portable) else frozenset()
+    pipeline = lower(graph, options.pipeline, foreign_pipeline_for(native_ops), options.on_pass)
     tell("compile")
     compile_graph(graph, target, runtime, folder, native=not options.portable)
     manifest = manifest_of("module", model, target, runtime, options, pipeline) | {"unfused": unfused(graph)}
@@ -54,6 +57,7 @@ def export_onnx(
         manifest["parity"] = verify_onnx(
             folder, runtime, graph, file.path, inputs, options.verify, native=not options.portable
         ).to_dict()
+        manifest["parity"]["ran_on"] = verification_record(target, runtime, native=not options.portable)
     return manifest
 
 

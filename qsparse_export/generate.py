@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from qsparse_export.runtimes.base import NativeCalls, Session
 
 
+CACHE_TOKENS = 64
+"""A shared cache has room for a multiple of that many tokens."""
+
+
 @dataclass(frozen=True)
 class Generation:
     """What :meth:`Generator.generate` produced: token ids, speeds in tokens per second, native kernel calls."""
@@ -63,10 +67,11 @@ class Generator:
     def __init__(self, session: Session, shape: DecoderShape, tokenizer: Path | None = None) -> None:
         self.shape = shape
         self._session = session
+        # A session that says nothing of it, such as one that records another's values, has a cache that grows.
+        self._shares_cache = bool(getattr(session, "shares_cache", False))
         self._tokenizer_file = tokenizer
         self._pasts = tuple(name for name in session.input_names if name.startswith("past_key_values."))
         self._presents = tuple(name.replace("past_key_values.", "present.") for name in self._pasts)
-        self._empty = np.zeros((1, shape.kv_heads, 0, shape.head_dim), np.dtype(shape.dtype))
 
     def steps(self, ids: Sequence[int] | np.ndarray) -> Iterator[tuple[np.ndarray, Callable[[int], None]]]:
         """Yields float32 logits [S, vocab] (S: prompt, then 1) and a function that takes the next token id.
@@ -76,9 +81,15 @@ class Generator:
         """
         chosen: list[int] = []
         feed = self._checked(ids)
-        past: dict[str, Any] = dict.fromkeys(self._pasts, self._empty)
-        position = 0
+        past = self._cache({}, 0, 0)
+        position = room = 0
         while len(feed):
+            if self._shares_cache and position + len(feed) > room:
+                # By half each time, so that copying a growing cache stays a small share of filling it.
+                room = min(
+                    max(self.shape.max_positions, position + len(feed)), _rounded((position + len(feed)) * 3 // 2)
+                )
+                past = self._cache(past, position, room)
             logits, past = self._forward(feed, past, position)
             position += len(feed)
             chosen.clear()
@@ -181,6 +192,17 @@ class Generator:
             )
         return array
 
+    def _cache(self, past: dict[str, Any], filled: int, room: int) -> dict[str, Any]:
+        """Caches with ``room`` for so many tokens, the first ``filled`` those of ``past``."""
+
+        def larger(name: str) -> Any:
+            cache = np.zeros((1, self.shape.kv_heads, room, self.shape.head_dim), np.dtype(self.shape.dtype))
+            if filled:
+                cache[:, :, :filled] = self._session.to_numpy(past[name])[:, :, :filled]
+            return self._session.to_tensor(cache) if room else cache
+
+        return {name: larger(name) for name in self._pasts}
+
     def _forward(self, ids: np.ndarray, past: dict[str, Any], position: int) -> tuple[np.ndarray, dict[str, Any]]:
         length = position + len(ids)
         feeds = {
@@ -188,9 +210,18 @@ class Generator:
             "attention_mask": np.ones((1, length), np.int64),
             "position_ids": np.arange(position, length, dtype=np.int64)[None],
         }
-        outputs = self._session.run({name: feeds[name] for name in feeds if name in self._session.input_names} | past)
+        feeds = {name: feeds[name] for name in feeds if name in self._session.input_names} | past
+        presents = dict(zip(self._pasts, self._presents, strict=True))
+        if self._shares_cache:
+            outputs = self._session.run(feeds, {present: past[name] for name, present in presents.items()})
+        else:
+            outputs = self._session.run(feeds)
         logits = np.asarray(self._session.to_numpy(outputs["logits"])[0], np.float32)
-        return logits, {past: outputs[present] for past, present in zip(self._pasts, self._presents, strict=True)}
+        return logits, {name: outputs[present] for name, present in presents.items()}
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // CACHE_TOKENS) * CACHE_TOKENS
 
 
 def greedy(logits: np.ndarray) -> int:

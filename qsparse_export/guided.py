@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DOMAIN = "ai.qsparse"
 _PRODUCTS_OF_FUSED = {"SparseTernaryMatMul": "TernaryMatMul", "SparseMatMulNBits": None, "SparseMatMul": None}
 """Ops with a mask of their own -> the op that chooses in each of their matrices, None where products are continuous."""
-_WITHOUT_CHOICES = frozenset({"DenseMatMulNBits", "GatherNBits"})
+_WITHOUT_CHOICES = frozenset({"DenseMatMulNBits", "GatherNBits", "CachedAttention", "GatedActivation", "AddRmsNorm"})
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,15 @@ class IllegitimateChoice:
 
 
 def choice_taps(graph: ir.Model) -> tuple[Tap, ...]:
-    """The taps of all ops of domain ``ai.qsparse``, in the order in which PyTorch calls them.
+    """The taps of all ops of domain ``ai.qsparse`` that choose, in the order in which PyTorch calls them.
 
     TopKSparsify shows its choice in its output (what is not zero was kept), TernaryMatMul in its input. A node with a mask
     of its own (SparseTernaryMatMul, SparseMatMulNBits, SparseMatMul) stands for the calls that it was made of, and shows the
     choices of all of them in its input. Ops that only multiply or look up in floating point choose nothing.
     """
-    return tuple(tap for node in graph.graph if node.domain == DOMAIN for tap in taps_of(node))
+    from qsparse_export.passes.lower_inline_bodies import choosing_nodes
+
+    return tuple(tap for node in choosing_nodes(graph) for tap in taps_of(node))
 
 
 def taps_of(node: ir.Node) -> list[Tap]:

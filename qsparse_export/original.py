@@ -26,11 +26,17 @@ _FOLDER = "session.model_external_initializers_file_folder_path"
 
 @dataclass(frozen=True)
 class Followed:
-    """One choice of the fused model and the original's values that it was made from: ``seen`` names the output with them."""
+    """One choice of the fused model; ``guide`` is the input that imposes it on the original.
+
+    The others are outputs: ``seen`` what it was chosen from (magnitudes, or what is rounded), ``free`` what the original
+    itself makes of that (a masked row, integers), ``kept`` what its mask is applied to.
+    """
 
     choice: Choice
     guide: str
     seen: str
+    free: str
+    kept: str
 
 
 class Original:
@@ -101,16 +107,17 @@ def _followable(path: Path, choices: Sequence[Choice]) -> tuple[tuple[Followed, 
         replaced = choice.masked if isinstance(choice, MaskChoice) else (choice.q,)
         if any(name not in named for name in (kept_or_q, seen, *replaced)):
             continue
-        entry = Followed(choice, f"qsparse.guide.{number}", f"qsparse.seen.{number}")
+        entry = Followed(choice, *(f"qsparse.{part}.{number}" for part in ("guide", "seen", "free", "kept")))
         is_mask = isinstance(choice, MaskChoice)
         guide = ir.Value(
             name=entry.guide, type=ir.TensorType(ir.DataType.BOOL if is_mask else ir.DataType.FLOAT), shape=None
         )
         graph.inputs.append(guide)
-        look = ir.node("Identity", [named[seen]])
-        look.outputs[0].name = entry.seen
-        graph.append(look)
-        graph.outputs.append(look.outputs[0])
+        for name, output in ((seen, entry.seen), (replaced[0], entry.free), (kept_or_q, entry.kept)):
+            look = ir.node("Identity", [named[name]])
+            look.outputs[0].name = output
+            graph.append(look)
+            graph.outputs.append(look.outputs[0])
         for value in {twin for name in replaced for twin in twins[named[name]]}:
             kept = named[kept_or_q] if is_mask else value
             _put(graph, value, kept, guide, is_mask=is_mask, only_kept=is_mask or choice.masked)

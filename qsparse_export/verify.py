@@ -325,11 +325,15 @@ class _Recorder:
     def __init__(self, session: Session) -> None:
         self._session = session
         self.input_names, self.output_names = session.input_names, session.output_names
+        self.shares_cache = session.shares_cache
         self.outputs: dict[str, Any] = {}
 
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        self.outputs = self._session.run(feeds)
+    def run(self, feeds: Mapping[str, Any], results: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        self.outputs = self._session.run(feeds, results)
         return self.outputs
+
+    def to_tensor(self, array: Any) -> Any:
+        return self._session.to_tensor(array)
 
     def to_numpy(self, tensor: Any) -> Any:
         return self._session.to_numpy(tensor)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from qsparse_export.errors import ParityError
-from qsparse_export.verify import CEILING, FLOOR, NOISE_FACTOR, NOISE_RUNS, native_ops
+from qsparse_export.rounding import RUNS
+from qsparse_export.verify import CEILING, FLOOR, NOISE_FACTOR, native_ops
 from qsparse_export.verify_module import ModulePathParity
 
 if TYPE_CHECKING:
@@ -87,12 +88,14 @@ def verify_onnx(
                     f"rounding errors move the original's own outputs by {noise:.3g} of their size: choose other inputs with "
                     "--inputs, or export with --verify none"
                 )
-            free_error = _error(outputs, as_it_is, as_it_is)
         guide = _check(judge, taps, guides, followed, limit)
+        free = _error(outputs, as_it_is, as_it_is)
+        free_error = max(free_error, free)
         parity = ModulePathParity(
             path,
             max((float(np.abs(_wide(outputs[n]) - _wide(followed[n])).max(initial=0)) for n in as_it_is), default=0.0),
-            _error(outputs, followed, as_it_is),
+            # Where no choice was another one, the file as it is must agree as well.
+            max(_error(outputs, followed, as_it_is), 0.0 if guide.flips else free),
             guide.flips,
             session.native_calls(),
         )
@@ -158,7 +161,6 @@ def _check(
     import torch
 
     from qsparse_export.guided import Guide
-    from qsparse_export.ops.topk_sparsify import topk_mask
     from qsparse_export.passes.original_choices import MaskChoice
 
     guide = Guide((), limit)
@@ -166,8 +168,10 @@ def _check(
         seen = torch.from_numpy(_wide(followed[entry.seen])).float()
         theirs = torch.from_numpy(chosen).reshape(seen.shape)  # blocks are rows of their own there
         if isinstance(entry.choice, MaskChoice):
-            own = topk_mask(seen, entry.choice.k) & (seen != 0)
-            guide.check_mask(tap, seen, theirs & (seen != 0), own)
+            # What is 0 anyway does not show whether it was kept.
+            shows = torch.from_numpy(_wide(followed[entry.kept])).reshape(seen.shape) != 0
+            free = torch.from_numpy(_wide(followed[entry.free])).reshape(seen.shape) != 0
+            guide.check_mask(tap, seen, theirs & shows, free & shows)
         else:
             # Behind a mask the integers that it drops are not known, and the original's own stay.
             integers = torch.where(theirs == 0, seen.round(), theirs) if entry.choice.masked else theirs
@@ -185,7 +189,7 @@ def _noise(
     """How far rounding moves the original: without ONNX Runtime's optimiser, and with inputs one unit off in the last place."""
     wanted = {name: still[name] for name in names}
     errors = [_error(judge.follow(feeds, guides, optimise=False), still, wanted)]
-    for seed in range(NOISE_RUNS):
+    for seed in range(RUNS):
         random = np.random.default_rng(seed)
         nudged = {
             name: (x * (1 + random.choice((-1, 1), x.shape) * np.finfo(x.dtype).eps)).astype(x.dtype)

@@ -27,13 +27,25 @@ def subtract_calls(after: NativeCalls, before: NativeCalls) -> NativeCalls:
 
 
 class Session(Protocol):
-    """A compiled model, ready to run. Tensors are the runtime's own; ``to_numpy`` reads one."""
+    """A compiled model, ready to run. Tensors are the runtime's own; ``to_numpy`` reads one.
+
+    ``shares_cache``: a cache may have room behind its filled part, and may be given as input and result at once.
+    """
 
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    shares_cache: bool
 
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs once. ``feeds`` are NumPy arrays or tensors that an earlier run returned (a KV cache is not copied)."""
+    def run(self, feeds: Mapping[str, Any], results: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Runs once. ``feeds`` are NumPy arrays or tensors that an earlier run returned (a KV cache is not copied).
+
+        ``results`` names tensors of :meth:`to_tensor` that outputs are written into; they may be among ``feeds`` where
+        ``shares_cache`` says so.
+        """
+        ...
+
+    def to_tensor(self, array: Any) -> Any:
+        """A NumPy array as a tensor of this runtime, to be fed and written to."""
         ...
 
     def to_numpy(self, tensor: Any) -> Any:

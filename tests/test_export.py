@@ -76,7 +76,8 @@ def test_every_shape_exports_and_is_verified_both_ways(bundles, name):
         assert path["greedy_agreement"] == 1.0
     assert bodies["native_calls"] == {}
     uses_ops = name != "llama-dense"
-    assert bool(native["native_calls"]) == uses_ops
+    assert any(op.startswith("Sparse") or op.endswith("TernaryMatMul") for op in native["native_calls"]) == uses_ops
+    assert "CachedAttention" in native["native_calls"]
     assert any(op.endswith("TernaryMatMul") for op in native["native_calls"]) == name.startswith("bitnet")
     onnx.checker.check_model(str(bundle.path / "model.onnx"), full_check=True)
 
@@ -114,7 +115,9 @@ def test_the_graph_has_genais_names_and_named_dimensions(bundles):
         f"present.{i}.{part}": ["batch", 2, "total", 12] for i in range(2) for part in ("key", "value")
     }
     assert {opset.domain: opset.version for opset in model.opset_import} == {"": 23, "ai.qsparse": 1}
-    assert {function.name for function in model.functions} == {"TopKSparsify"}
+    assert {function.name for function in model.functions} == {
+        *("TopKSparsify", "SparseMatMul", "CachedAttention", "AddRmsNorm", "GatedActivation")
+    }
 
 
 def test_external_data_is_one_file_with_a_plain_name(bundles):
@@ -127,14 +130,16 @@ def test_external_data_is_one_file_with_a_plain_name(bundles):
 
 def test_tied_embeddings_are_stored_once(bundles):
     model = onnx.load(bundles("qwen2").path / "model.onnx", load_external_data=False)
-    shapes = [tuple(tensor.dims) for tensor in model.graph.initializer]
-    assert shapes.count((96, 48)) == 1 and (48, 96) not in shapes
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    assert list(shapes.values()).count((96, 48)) == 1
+    # as large as the head: only the joined matrices of q, k and v
+    assert all("q_proj+k_proj+v_proj" in name for name, shape in shapes.items() if shape == (48, 96))
     assert not any(node.op_type == "Transpose" for node in model.graph.node if "embed" in "".join(node.input))
 
 
 def test_shared_masks_are_one_node(bundles):
     model = onnx.load(bundles("llama").path / "model.onnx", load_external_data=False)
-    masks = [node for node in model.graph.node if node.op_type == "TopKSparsify"]
+    masks = [node for node in model.graph.node if node.op_type in ("TopKSparsify", "SparseMatMul")]
     assert len(masks) == 4 * TINY.layers  # q k v share one, o, gate and up share one, down
 
 

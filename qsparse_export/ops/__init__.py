@@ -33,6 +33,9 @@ OPS: dict[str, str] = {
     "SparseMatMulNBits": "qsparse_export.ops.sparse_matmul_nbits",
     "DenseMatMulNBits": "qsparse_export.ops.dense_matmul_nbits",
     "GatherNBits": "qsparse_export.ops.gather_nbits",
+    "CachedAttention": "qsparse_export.ops.cached_attention",
+    "GatedActivation": "qsparse_export.ops.gated_activation",
+    "AddRmsNorm": "qsparse_export.ops.add_rms_norm",
 }
 """ONNX name of each op -> the module that holds everything about it, in its constant ``OP``."""
 

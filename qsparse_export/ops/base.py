@@ -24,7 +24,8 @@ class Op:
     ``torch_op`` is the overload under ``torch.ops.qsparse`` and ``translate`` its ONNX translation (for
     ``torch.onnx.export(custom_translation_table=...)``), both None for an op that only a pass makes; ``schema`` builds
     the ONNX schema with its shape inference; ``body_text`` is the function body in ONNX's text form, the portable
-    implementation; ``reference`` is the slow and obvious NumPy definition that judges all others.
+    implementation; ``reference`` is the slow and obvious NumPy definition that judges all others; it gives one array, or a
+    tuple where the op has several outputs.
     """
 
     name: str
@@ -32,7 +33,7 @@ class Op:
     translate: Callable[..., Any] | None
     schema: Callable[[], onnx.defs.OpSchema]
     body_text: str
-    reference: Callable[..., np.ndarray]
+    reference: Callable[..., np.ndarray | tuple[np.ndarray, ...]]
 
     def body(self) -> ir.Function:
         """A fresh copy of the function body, of the same domain and name as the op."""

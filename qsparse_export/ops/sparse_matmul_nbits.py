@@ -133,7 +133,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
-    weights = dequantized(*ctx.saved_tensors, ctx.n, ctx.bits, ctx.group)
+    w, scales = ctx.saved_tensors
+    weights = dequantized(w, scales, ctx.n, ctx.bits, ctx.group)
     return grad @ weights.t().to(grad.dtype), None, None, None, None, None
 
 

@@ -70,6 +70,11 @@ OrtStatus* read_int(const OrtApi& api, const OrtKernelInfo* info, const char* op
   return status == nullptr ? nullptr : attribute_error(api, op, name, "int", status);
 }
 
+OrtStatus* read_float(const OrtApi& api, const OrtKernelInfo* info, const char* op, const char* name, float* value) {
+  OrtStatus* status = api.KernelInfoGetAttribute_float(info, name, value);
+  return status == nullptr ? nullptr : attribute_error(api, op, name, "float", status);
+}
+
 OrtStatus* read_ints(const OrtApi& api, const OrtKernelInfo* info, const char* op, const char* name, int64_t* values,
                      size_t capacity, size_t* count) {
   *count = 0;

@@ -30,6 +30,7 @@ OrtStatus* shape_of(const OrtApi& api, const OrtValue* value, Shape* shape);
 std::string to_string(const Shape& shape);
 
 OrtStatus* read_int(const OrtApi& api, const OrtKernelInfo* info, const char* op, const char* name, int64_t* value);
+OrtStatus* read_float(const OrtApi& api, const OrtKernelInfo* info, const char* op, const char* name, float* value);
 // At most `capacity` values; an error when there are more.
 OrtStatus* read_ints(const OrtApi& api, const OrtKernelInfo* info, const char* op, const char* name, int64_t* values,
                      size_t capacity, size_t* count);

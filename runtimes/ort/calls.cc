@@ -14,9 +14,9 @@ std::atomic<int64_t> calls[kOpCount][kMostVariants];
 }  // namespace
 
 const char* op_name(Op op) {
-  static const char* const names[kOpCount] = {"TopKSparsify", "TernaryMatMul",     "SparseTernaryMatMul",
-                                              "SparseMatMul", "SparseMatMulNBits", "DenseMatMulNBits",
-                                              "GatherNBits"};
+  static const char* const names[kOpCount] = {
+      "TopKSparsify",     "TernaryMatMul", "SparseTernaryMatMul", "SparseMatMul",    "SparseMatMulNBits",
+      "DenseMatMulNBits", "GatherNBits",   "CachedAttention",     "GatedActivation", "AddRmsNorm"};
   return names[op];
 }
 

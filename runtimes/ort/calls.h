@@ -14,6 +14,9 @@ enum Op {
   kSparseMatMulNBits,
   kDenseMatMulNBits,
   kGatherNBits,
+  kCachedAttention,
+  kGatedActivation,
+  kAddRmsNorm,
   kOpCount
 };
 const char* op_name(Op op);

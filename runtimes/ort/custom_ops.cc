@@ -33,7 +33,7 @@ extern "C" QSK_API OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* 
   OrtCustomOpDomain* domain = nullptr;
   QSPARSE_RETURN_IF_ERROR(api->CreateCustomOpDomain("ai.qsparse", &domain));
   keep(domain);
-  for (const auto& ops : {topk_ops(), ternary_ops(), sparse_matmul_ops(), head_ops()}) {
+  for (const auto& ops : {topk_ops(), ternary_ops(), sparse_matmul_ops(), head_ops(), decoder_ops()}) {
     for (const OrtCustomOp* op : ops) QSPARSE_RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, op));
   }
   return api->AddCustomOpDomain(options, domain);

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def genai_config(model: Mapping[str, Any], graph: str, library: str | None) -> dict[str, Any]:
+def genai_config(model: Mapping[str, Any], graph: str, library: str | None, *, shares_cache: bool) -> dict[str, Any]:
     """The configuration for onnxruntime-genai 0.18; ``model`` is a ModelConfig as a dict.
 
-    ``library`` is the file name of the kernel library inside the bundle, or None for a portable bundle. Unknown keys are
-    errors for genai, so that nothing of our own stands here.
+    ``library`` is the file name of the kernel library inside the bundle, or None for a portable bundle. With
+    ``shares_cache`` genai allocates the cache once, for max_length tokens, and binds it as past and present. Unknown keys
+    are errors for genai, so that nothing of our own stands here.
     """
     session: dict[str, Any] = {
         "log_id": "onnxruntime-genai",
@@ -50,7 +51,7 @@ def genai_config(model: Mapping[str, Any], graph: str, library: str | None) -> d
                 },
             },
         },
-        "search": {"max_length": model["max_positions"], "do_sample": False, "past_present_share_buffer": False},
+        "search": {"max_length": model["max_positions"], "do_sample": False, "past_present_share_buffer": shares_cache},
     }
     if model["bos_token_id"] is not None:
         config["model"]["bos_token_id"] = model["bos_token_id"]

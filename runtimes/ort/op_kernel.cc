@@ -60,7 +60,7 @@ enum class Rank { kSame, kOneMore };
 // The output has the shape of the first input, but for its last dimension, where that is not negative; and its type,
 // where that is defined. In C calls: the C++ wrapper of API 21 to 23 throws on a symbolic dimension.
 OrtStatus* infer(const OrtApi& api, OrtShapeInferContext* context, Rank change, int64_t last,
-                 ONNXTensorElementDataType type) {
+                 ONNXTensorElementDataType type, size_t position = 0) {
   OrtTensorTypeAndShapeInfo* x = nullptr;
   QSPARSE_RETURN_IF_ERROR(api.ShapeInferContext_GetInputTypeShape(context, 0, &x));
   size_t rank = 0;
@@ -85,7 +85,7 @@ OrtStatus* infer(const OrtApi& api, OrtShapeInferContext* context, Rank change, 
   OrtStatus* status = api.SetTensorElementType(y, type);
   if (status == nullptr) status = api.SetDimensions(y, dims.data(), rank);
   if (status == nullptr) status = api.SetSymbolicDimensions(y, names.data(), rank);
-  if (status == nullptr) status = api.ShapeInferContext_SetOutputTypeShape(context, 0, y);
+  if (status == nullptr) status = api.ShapeInferContext_SetOutputTypeShape(context, position, y);
   api.ReleaseTensorTypeAndShapeInfo(y);
   return status;
 }
@@ -94,6 +94,21 @@ OrtStatus* infer(const OrtApi& api, OrtShapeInferContext* context, Rank change, 
 
 OrtStatus* infer_like_x(const OrtApi& api, OrtShapeInferContext* context, int64_t last) {
   return infer(api, context, Rank::kSame, last, ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED);
+}
+
+OrtStatus* infer_same(const OrtApi& api, OrtShapeInferContext* context, size_t position) {
+  return infer(api, context, Rank::kSame, -1, ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, position);
+}
+
+OrtStatus* infer_half_as_wide(const OrtApi& api, OrtShapeInferContext* context) {
+  OrtTensorTypeAndShapeInfo* x = nullptr;
+  QSPARSE_RETURN_IF_ERROR(api.ShapeInferContext_GetInputTypeShape(context, 0, &x));
+  size_t rank = 0;
+  QSPARSE_RETURN_IF_ERROR(api.GetDimensionsCount(x, &rank));
+  std::vector<int64_t> dims(rank);
+  QSPARSE_RETURN_IF_ERROR(api.GetDimensions(x, dims.data(), rank));
+  if (rank == 0 || dims[rank - 1] < 0) return nullptr;
+  return infer(api, context, Rank::kSame, dims[rank - 1] / 2, kFloat);
 }
 
 OrtStatus* infer_rows(const OrtApi& api, OrtShapeInferContext* context, ONNXTensorElementDataType type) {

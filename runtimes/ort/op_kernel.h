@@ -21,6 +21,7 @@ std::vector<const OrtCustomOp*> topk_ops();
 std::vector<const OrtCustomOp*> ternary_ops();
 std::vector<const OrtCustomOp*> sparse_matmul_ops();
 std::vector<const OrtCustomOp*> head_ops();
+std::vector<const OrtCustomOp*> decoder_ops();
 
 // Shape inference gets no api argument; set by RegisterCustomOps.
 extern const OrtApi* inference_api;
@@ -45,9 +46,10 @@ OrtStatus* input_data(const OrtApi& api, const OrtKernelContext* context, size_t
 }
 
 template <typename Data>
-OrtStatus* output_data(const OrtApi& api, OrtKernelContext* context, const Shape& shape, Data** data) {
+OrtStatus* output_data(const OrtApi& api, OrtKernelContext* context, const Shape& shape, Data** data,
+                       size_t position = 0) {
   OrtValue* value = nullptr;
-  QSPARSE_RETURN_IF_ERROR(api.KernelContext_GetOutput(context, 0, shape.dims, shape.rank, &value));
+  QSPARSE_RETURN_IF_ERROR(api.KernelContext_GetOutput(context, position, shape.dims, shape.rank, &value));
   void* raw = nullptr;
   QSPARSE_RETURN_IF_ERROR(api.GetTensorMutableData(value, &raw));
   *data = static_cast<Data*>(raw);
@@ -100,6 +102,10 @@ OrtStatusPtr create(const OrtApi& api, const OrtKernelInfo* info, void** kernel)
 
 // The output is x with its last dimension replaced by `last` unless that is negative.
 OrtStatus* infer_like_x(const OrtApi& api, OrtShapeInferContext* context, int64_t last);
+// Output `position` is the first input as it is.
+OrtStatus* infer_same(const OrtApi& api, OrtShapeInferContext* context, size_t position);
+// The output is x with its last dimension halved, in float32; nothing where that is not known.
+OrtStatus* infer_half_as_wide(const OrtApi& api, OrtShapeInferContext* context);
 // The output is the first input with one more dimension, the attribute `k`.
 OrtStatus* infer_rows(const OrtApi& api, OrtShapeInferContext* context, ONNXTensorElementDataType type);
 // The sum of the attribute `n`, an int or ints.

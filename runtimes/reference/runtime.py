@@ -45,7 +45,9 @@ class ReferenceRuntime:
 
 
 class ReferenceSession:
-    """A ``ReferenceEvaluator``; tensors are NumPy arrays."""
+    """A ``ReferenceEvaluator``; tensors are NumPy arrays, and a cache grows."""
+
+    shares_cache = False
 
     def __init__(self, graph: Path, folder: Path, *, native: bool, taps: Sequence[str]) -> None:
         import onnx
@@ -66,12 +68,17 @@ class ReferenceSession:
         self.input_names = tuple(value.name for value in model.graph.input)
         self.output_names = tuple(value.name for value in model.graph.output)
 
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, Any], results: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
         """See :class:`qsparse_export.runtimes.base.Session`."""
+        assert not results, "no cache is shared here"
         # BitNet's NaN rules and overflowing exponents are defined behaviour, not faults to warn of.
         with np.errstate(all="ignore"):
             outputs = self._evaluator.run(None, dict(feeds))
         return dict(zip(self.output_names, outputs, strict=True))
+
+    def to_tensor(self, array: np.ndarray) -> np.ndarray:
+        """See :class:`qsparse_export.runtimes.base.Session`."""
+        return array
 
     def to_numpy(self, tensor: np.ndarray) -> np.ndarray:
         """See :class:`qsparse_export.runtimes.base.Session`."""
@@ -106,7 +113,8 @@ def _reference_ops(calls: dict[str, int]) -> list[type[OpRun]]:
 
         def _run(self: OpRun, *inputs: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
             calls[name] = calls.get(name, 0) + 1
-            return (reference(*inputs, **attributes),)
+            outputs = reference(*inputs, **attributes)
+            return outputs if isinstance(outputs, tuple) else (outputs,)
 
         return type(name, (OpRun,), {"op_domain": ops.DOMAIN, "_run": _run})
 

@@ -8,6 +8,7 @@ import torch
 import qsparse_export as qs
 from qsparse_export.config import ModelConfig, MoE, SparsityRule, TopK
 from qsparse_export.nn.decoder import Decoder
+from qsparse_export.passes.pipelines import CLEAN, LOWER
 
 TINY = ModelConfig(
     architecture="llama",
@@ -40,7 +41,9 @@ CONFIGS = {
     "moe": dataclasses.replace(_BITNET, moe=_MOE),
     "float-moe": dataclasses.replace(TINY, moe=_MOE),
     "portable": TINY,
+    "unfused": TINY,
 }
+UNFUSED = ",".join(CLEAN + LOWER)
 
 
 @pytest.fixture(scope="session")
@@ -52,8 +55,14 @@ def bundles(tmp_path_factory):
         if name not in made:
             torch.manual_seed(0)
             out = tmp_path_factory.mktemp(name) / "bundle"
-            portable = name == "portable"
-            made[name] = qs.export(Decoder(CONFIGS[name]), out=out, name=name, verify="none", portable=portable)
+            made[name] = qs.export(
+                Decoder(CONFIGS[name]),
+                out=out,
+                name=name,
+                verify="none",
+                portable=name == "portable",
+                pipeline=UNFUSED if name == "unfused" else None,
+            )
         return made[name]
 
     return make

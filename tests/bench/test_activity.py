@@ -38,8 +38,8 @@ def chosen(bundle):
     values = {name: [] for name in names}
     run = session.run
 
-    def recording(feeds):
-        outputs = run(feeds)
+    def recording(feeds, results=None):
+        outputs = run(feeds, results)
         for name in names:
             values[name].append(outputs[name].numpy().reshape(-1, outputs[name].numpy().shape[-1]))
         return outputs
@@ -56,8 +56,9 @@ def linears(bundle):
     return [row["name"] for row in bundle.manifest["sparsity"]]
 
 
-def test_density_of_a_float_model_is_its_k_and_its_natural_zeros(bundles):
-    bundle = bundles("float")
+@pytest.mark.parametrize("name", ["float", "unfused"])
+def test_density_of_a_float_model_is_its_k_and_its_natural_zeros(bundles, name):
+    bundle = bundles(name)
     density = activity(bundle).density
     assert list(density) == linears(bundle)
     masks = [masked for tap, masked in chosen(bundle) if tap.op == "TopKSparsify"]
@@ -97,11 +98,21 @@ def test_bytes_per_token_of_a_ternary_model(bundles, name):
     assert measured.bytes_per_token == pytest.approx(by_hand + shape_bytes(bundles(name)), rel=1e-9)
 
 
-def test_bytes_per_token_of_a_float_model_are_all_but_the_embedding_table(bundles):
-    for name in ("float", "float-dense"):
-        by_hand = FLOAT * (48 + 48 + 96 * 48 + 12 // 2)  # embedding row, last norm, head, rotary frequencies
-        by_hand += 2 * FLOAT * (2 * 48 + 48 * (48 + 24 + 24 + 48) + 3 * 48 * 130)
+def test_bytes_per_token_of_a_float_model(bundles):
+    """Rows of active channels where masks and matrices are one node; everything but the embedding table where not."""
+    fixed = FLOAT * (48 + 48 + 96 * 48 + 12 // 2)  # embedding row, last norm, head, rotary frequencies
+    fixed += 2 * FLOAT * 2 * 48  # two norms in each layer
+    matrices = {"q_proj": 48 * (48 + 24 + 24), "o_proj": 48 * 48, "gate_proj": 48 * 2 * 130, "down_proj": 130 * 48}
+    for name in ("unfused", "float-dense"):
+        by_hand = fixed + 2 * FLOAT * sum(matrices.values())
         assert activity(bundles(name)).bytes_per_token == by_hand + shape_bytes(bundles(name))
+    measured = activity(bundles("float"))
+    by_hand = fixed + FLOAT * sum(
+        share * matrices[linear.rpartition(".")[2]]
+        for linear, share in measured.density.items()
+        if linear.rpartition(".")[2] in matrices
+    )
+    assert measured.bytes_per_token == pytest.approx(by_hand + shape_bytes(bundles("float")), rel=1e-9)
 
 
 def shape_bytes(bundle):

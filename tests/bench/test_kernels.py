@@ -62,7 +62,7 @@ def test_top_k(capsys):
 def test_table_and_csv(capsys):
     assert main(["kernels", *QUICK, "--peers", "ort", "-o", "md"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.count("|") for line in lines[2:]] == [22] * 3
+    assert [line.count("|") for line in lines[2:]] == [23] * 3
     assert main(["kernels", *QUICK, "--peers", "ort", "--density", "0.4,1", "-o", "csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert len(rows) == 2 and float(rows[1]["ort-2bit_ratio"]) > 0
@@ -71,8 +71,8 @@ def test_table_and_csv(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--op", "head"], "--op head: this version has no such kernel; known: ternary, topk"),
-        (["--op", "nbits"], "--op nbits: this version has no such kernel"),
+        (["--op", "softmax"], "--op softmax: this version has no such kernel; known:"),
+        (["--op", "ternari"], "--op ternari: this version has no such kernel; did you mean ternary?"),
         (["--peers", "llama"], "--peers llama: unknown peer; known: ort"),
         (["--density", "1.5"], "--density 1.5; expected a share of active channels, 0 to 1"),
         (["--m", "0"], "m 0, k 2560"),

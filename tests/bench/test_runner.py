@@ -152,7 +152,7 @@ def test_the_process_ends_with_the_block_whatever_happens():
 
 
 def test_the_measured_process_imports_the_runtime_and_nothing_heavier(bundles):
-    command = local_command(bundles("float").path, None, native=True, threads=1)
+    command = local_command(bundles("unfused").path, None, native=True, threads=1)
     code = (
         "import sys; from qsparse_export.bench.session_process import main; main(); "
         "print(sorted({'torch', 'onnx', 'onnx_ir', 'onnxscript', 'onnxruntime', 'tokenizers'} & set(sys.modules)), "

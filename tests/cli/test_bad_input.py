@@ -307,7 +307,7 @@ def test_run_prints_the_promised_json(bundle):
         "decode_tokens_per_s",
     }
     assert plain["prompt_tokens"] == [1, 2, 3] and len(plain["tokens"]) == 4
-    assert sum(plain["native_calls"]["TopKSparsify"].values()) == 4 * 4
+    assert sum(plain["native_calls"]["SparseMatMul"].values()) == 4 * 4
 
 
 def test_lists_print_what_there_is():

@@ -112,4 +112,4 @@ def test_the_official_form_gives_the_logits_and_tokens_of_transformers_with_its_
         (int((1 - ratio) * width), width) for width in (48, 130)
     }
     calls = require_same(tmp_path / "bundle", process, official_masks(oracle, ratio), limit=1e-4)
-    assert sum(calls["TopKSparsify"].values()) == 2 * 4 * NEW_TOKENS
+    assert sum(calls["SparseMatMul"].values()) == 2 * 4 * NEW_TOKENS

@@ -90,9 +90,14 @@ def generated_by_genai(bundle, ids):
     return [int(token) for token in generator.get_sequence(0)][len(ids) :], model
 
 
+LAYER = {"CachedAttention": 1, "AddRmsNorm": 2}
 CASES = {
-    "llama": (["--sparse-ratio", "0.4", "--sparse-ratio", "down=0.5"], {"TopKSparsify": 4}),
-    "bitnet": ([], {"SparseTernaryMatMul": 2, "TernaryMatMul": 2}),  # q k v, gate up; o, down
+    "llama": (
+        ["--sparse-ratio", "0.4", "--sparse-ratio", "down=0.5"],
+        {"SparseMatMul": 4, "GatedActivation": 1} | LAYER,
+    ),
+    # q k v, gate up; o, down
+    "bitnet": ([], {"SparseTernaryMatMul": 2, "TernaryMatMul": 2, "GatedActivation": 1} | LAYER),
     "portable": (["--portable"], {}),
 }
 
@@ -107,6 +112,8 @@ def test_genai_generates_our_tokens_with_the_bundles_kernels(tmp_path, export, f
     expected = ours.generate(ids, NEW_TOKENS)
     library = bundle.path / LIBRARY_NAME
     assert library.exists() == (name != "portable")
+    search = json.loads((bundle.path / "genai_config.json").read_text())["search"]
+    assert search["past_present_share_buffer"] == (name != "portable")
     # The same file as genai loads, so the same counters; our own session counted in the installed library's.
     before = open_library(library).calls() if library.exists() else {}
     assert before == {}

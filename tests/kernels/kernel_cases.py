@@ -9,7 +9,10 @@ references are written for speed; tests/runtimes/ort compares the same library w
 
 from __future__ import annotations
 
+import add_rms_norm_cases
+import cached_attention_cases
 import dense_matmul_cases
+import gated_activation_cases
 import gather_cases
 import numpy as np
 import quantize_cases
@@ -27,6 +30,9 @@ OPS = {
     "sparse_matmul": sparse_matmul_cases,
     "dense_matmul": dense_matmul_cases,
     "gather": gather_cases,
+    "cached_attention": cached_attention_cases,
+    "gated_activation": gated_activation_cases,
+    "add_rms_norm": add_rms_norm_cases,
 }
 
 SMALL = 100_000

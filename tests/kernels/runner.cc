@@ -14,7 +14,10 @@
 #include <thread>
 #include <vector>
 
+#include "qsk/add_rms_norm.h"
+#include "qsk/cached_attention.h"
 #include "qsk/dense_matmul_nbits.h"
+#include "qsk/gated_activation.h"
 #include "qsk/quantize_rows.h"
 #include "qsk/sparse_matmul.h"
 #include "qsk/sparse_ternary_matmul.h"
@@ -45,13 +48,9 @@ constexpr Op op(const char* name) {
 #define OP(name) op<name##_args, name##_scratch_bytes, name>(#name)
 
 constexpr Op kOps[] = {
-    OP(qsk_topk_sparsify),
-    OP(qsk_quantize_rows),
-    OP(qsk_ternary_matmul),
-    OP(qsk_sparse_ternary_matmul),
-    OP(qsk_sparse_matmul),
-    OP(qsk_dense_matmul_nbits),
-    OP(qsk_gather_nbits),
+    OP(qsk_topk_sparsify),    OP(qsk_quantize_rows),      OP(qsk_ternary_matmul), OP(qsk_sparse_ternary_matmul),
+    OP(qsk_sparse_matmul),    OP(qsk_dense_matmul_nbits), OP(qsk_gather_nbits),   OP(qsk_cached_attention),
+    OP(qsk_gated_activation), OP(qsk_add_rms_norm),
 };
 
 [[noreturn]] void fail(const std::string& message) {

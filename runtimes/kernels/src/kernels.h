@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "float_kernels.h"
+#include "layer_kernels.h"
 #include "qsk/variant.h"
 
 // Unrolls the loop that follows, so that its array of vectors becomes registers: left alone, GCC keeps sums of six rows
@@ -161,6 +162,7 @@ struct qsk_variant {
   const qsk::TopKKernels* topk;
   const qsk::TernaryKernels* ternary;
   const qsk::FloatKernels* floats;
+  const qsk::LayerKernels* layer;
 };
 
 namespace qsk {

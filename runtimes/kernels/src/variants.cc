@@ -14,30 +14,30 @@ constexpr char kForceVariable[] = "QSPARSE_VARIANT";
 // architectures stay in the table, so that forcing one says "cannot run here" and not "unknown".
 const qsk_variant kVariants[] = {
     {"generic", qsk::cpu_has_anything, &qsk::half_generic, &qsk::quantize_generic, &qsk::topk_generic,
-     &qsk::ternary_generic, &qsk::float_generic},
+     &qsk::ternary_generic, &qsk::float_generic, &qsk::layer_generic},
 #if defined(__x86_64__)
     {"avx2", qsk::cpu_has_avx2, &qsk::half_f16c, &qsk::quantize_avx2, &qsk::topk_avx2, &qsk::ternary_avx2,
-     &qsk::float_avx2},
+     &qsk::float_avx2, &qsk::layer_avx2},
     {"avxvnni", qsk::cpu_has_avxvnni, &qsk::half_f16c, &qsk::quantize_avx2, &qsk::topk_avx2, &qsk::ternary_avxvnni,
-     &qsk::float_avx2},
+     &qsk::float_avx2, &qsk::layer_avx2},
     {"avx512vnni", qsk::cpu_has_avx512vnni, &qsk::half_f16c, &qsk::quantize_avx2, &qsk::topk_avx2,
-     &qsk::ternary_avx512vnni, &qsk::float_avx2},
+     &qsk::ternary_avx512vnni, &qsk::float_avx2, &qsk::layer_avx2},
 #else
-    {"avx2", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
-    {"avxvnni", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
-    {"avx512vnni", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
+    {"avx2", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
+    {"avxvnni", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
+    {"avx512vnni", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
 #endif
 #if defined(__aarch64__)
     {"neon", qsk::cpu_has_neon, &qsk::half_neon, &qsk::quantize_neon, &qsk::topk_neon, &qsk::ternary_neon,
-     &qsk::float_neon},
+     &qsk::float_neon, &qsk::layer_neon},
     {"neondot", qsk::cpu_has_neondot, &qsk::half_neon, &qsk::quantize_neon, &qsk::topk_neon, &qsk::ternary_neondot,
-     &qsk::float_neon},
+     &qsk::float_neon, &qsk::layer_neon},
     {"neoni8mm", qsk::cpu_has_neoni8mm, &qsk::half_neon, &qsk::quantize_neon, &qsk::topk_neon, &qsk::ternary_neoni8mm,
-     &qsk::float_neon},
+     &qsk::float_neon, &qsk::layer_neon},
 #else
-    {"neon", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
-    {"neondot", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
-    {"neoni8mm", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
+    {"neon", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
+    {"neondot", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
+    {"neoni8mm", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
 #endif
 };
 

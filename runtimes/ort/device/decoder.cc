@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <stdexcept>
 
 namespace qsparse_device {
@@ -10,6 +11,8 @@ namespace {
 
 constexpr char kPast[] = "past_key_values.";
 constexpr char kPresent[] = "present.";
+constexpr char kSharedCache[] = "ai.qsparse.shared_cache";
+constexpr int64_t kCacheTokens = 64;  // a shared cache has room for a multiple of that many
 
 float from_half(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
@@ -48,6 +51,7 @@ Decoder::Decoder(const OnnxRuntime& runtime, Session& session) : runtime_(runtim
     throw std::runtime_error("the graph has no input input_ids: it is no decoder");
   }
   logits_ = position_of("logits");
+  shares_cache_ = session.metadata(kSharedCache) == "true";
   for (const auto& [name, input] : session.inputs()) {
     if (name.rfind(kPast, 0) != 0) continue;
     if (input.shape.size() != 4 || input.shape[1] < 1 || input.shape[3] < 1) {
@@ -60,11 +64,34 @@ Decoder::Decoder(const OnnxRuntime& runtime, Session& session) : runtime_(runtim
 
 void Decoder::reset() {
   past_.clear();
-  position_ = 0;
-  for (const auto& [name, output] : caches_) {
-    const Input& input = session_.inputs().at(name);
-    past_.push_back(Tensor::empty(runtime_, {1, input.shape[1], 0, input.shape[3]}, input.type));
+  position_ = room_ = 0;
+  for (size_t i = 0; i < caches_.size(); ++i) past_.push_back(cache(i, 0));
+}
+
+Tensor Decoder::cache(size_t position, int64_t room) const {
+  const Input& input = session_.inputs().at(caches_[position].first);
+  return Tensor::empty(runtime_, {1, input.shape[1], room, input.shape[3]}, input.type);
+}
+
+// Gives a shared cache room for `tokens`, half as much again so that copying stays a small share of filling.
+void Decoder::make_room(int64_t tokens) {
+  if (!shares_cache_ || tokens <= room_) return;
+  const int64_t room = (tokens * 3 / 2 + kCacheTokens - 1) / kCacheTokens * kCacheTokens;
+  for (size_t i = 0; i < caches_.size(); ++i) {
+    Tensor larger = cache(i, room);
+    const Input& input = session_.inputs().at(caches_[i].first);
+    const int64_t heads = input.shape[1];
+    const int64_t token_bytes = input.shape[3] * (input.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? 4 : 2);
+    auto* to = static_cast<uint8_t*>(larger.data());
+    memset(to, 0, static_cast<size_t>(heads * room * token_bytes));
+    const auto* from = position_ > 0 ? static_cast<const uint8_t*>(past_[i].data()) : nullptr;
+    for (int64_t head = 0; head < heads && from != nullptr; ++head) {
+      memcpy(to + head * room * token_bytes, from + head * room_ * token_bytes,
+             static_cast<size_t>(position_ * token_bytes));
+    }
+    past_[i] = std::move(larger);
   }
+  room_ = room;
 }
 
 int64_t Decoder::step(const std::vector<int64_t>& ids) {
@@ -78,9 +105,14 @@ int64_t Decoder::step(const std::vector<int64_t>& ids) {
   std::vector<std::pair<std::string, const Tensor*>> feeds = {{"input_ids", &input_ids}};
   if (session_.inputs().count("position_ids")) feeds.emplace_back("position_ids", &position_ids);
   if (session_.inputs().count("attention_mask")) feeds.emplace_back("attention_mask", &mask);
-  for (size_t i = 0; i < caches_.size(); ++i) feeds.emplace_back(caches_[i].first, &past_[i]);
-  std::vector<Tensor> outputs = session_.run(feeds);
-  for (size_t i = 0; i < caches_.size(); ++i) past_[i] = std::move(outputs[caches_[i].second]);
+  make_room(position_ + count);
+  std::map<std::string, const Tensor*> in_place;
+  for (size_t i = 0; i < caches_.size(); ++i) {
+    feeds.emplace_back(caches_[i].first, &past_[i]);
+    if (shares_cache_) in_place[session_.outputs()[caches_[i].second]] = &past_[i];
+  }
+  std::vector<Tensor> outputs = session_.run(feeds, in_place);
+  for (size_t i = 0; i < caches_.size() && !shares_cache_; ++i) past_[i] = std::move(outputs[caches_[i].second]);
   position_ += count;
   const Tensor& logits = outputs[logits_];
   const std::vector<int64_t> shape = logits.shape();

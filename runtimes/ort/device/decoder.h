@@ -1,4 +1,5 @@
-// The loop of a decoder: tokens in, the most likely next token out, the KV cache fed back without a copy.
+// The loop of a decoder: tokens in, the most likely next token out. The KV cache is fed back without a copy, or, in a
+// graph that says so, one buffer with room to spare is past and present at once, as in qsparse_export/generate.py.
 #ifndef QSPARSE_DEVICE_DECODER_H_
 #define QSPARSE_DEVICE_DECODER_H_
 
@@ -24,12 +25,16 @@ class Decoder {
   std::vector<int64_t> generate(const std::vector<int64_t>& prompt, int64_t count);
 
  private:
+  Tensor cache(size_t position, int64_t room) const;
+  void make_room(int64_t tokens);
   const OnnxRuntime& runtime_;
   Session& session_;
+  bool shares_cache_ = false;
   size_t logits_ = 0;
   std::vector<std::pair<std::string, size_t>> caches_;  // input, and the output that replaces it
   std::vector<Tensor> past_;                            // in the order of caches_
   int64_t position_ = 0;
+  int64_t room_ = 0;  // tokens that a shared cache can hold
 };
 
 }  // namespace qsparse_device

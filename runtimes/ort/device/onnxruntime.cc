@@ -166,20 +166,46 @@ void Session::read_signature() {
   }
 }
 
-std::vector<Tensor> Session::run(const std::vector<std::pair<std::string, const Tensor*>>& feeds) {
-  std::vector<const char*> names, results;
+std::string Session::metadata(const std::string& key) const {
+  const OrtApi& api = runtime_.api();
+  OrtAllocator* memory = allocator(runtime_);
+  OrtModelMetadata* all = nullptr;
+  runtime_.require(api.SessionGetModelMetadata(session_, &all), "the graph's metadata");
+  char* found = nullptr;
+  OrtStatus* status = api.ModelMetadataLookupCustomMetadataMap(all, memory, key.c_str(), &found);
+  api.ReleaseModelMetadata(all);
+  runtime_.require(status, "the graph's metadata");
+  if (found == nullptr) return "";
+  const std::string value = found;
+  memory->Free(memory, found);
+  return value;
+}
+
+std::vector<Tensor> Session::run(const std::vector<std::pair<std::string, const Tensor*>>& feeds,
+                                 const std::map<std::string, const Tensor*>& results) {
+  std::vector<const char*> names, wanted;
   std::vector<const OrtValue*> values;
   for (const auto& [name, tensor] : feeds) {
     names.push_back(name.c_str());
     values.push_back(tensor->value());
   }
-  for (const std::string& name : outputs_) results.push_back(name.c_str());
-  std::vector<OrtValue*> raw(outputs_.size(), nullptr);
-  runtime_.require(runtime_.api().Run(session_, nullptr, names.data(), values.data(), values.size(), results.data(),
-                                      results.size(), raw.data()),
+  std::vector<OrtValue*> raw;
+  for (const std::string& name : outputs_) {
+    wanted.push_back(name.c_str());
+    const auto given = results.find(name);
+    raw.push_back(given == results.end() ? nullptr : given->second->value());
+  }
+  runtime_.require(runtime_.api().Run(session_, nullptr, names.data(), values.data(), values.size(), wanted.data(),
+                                      wanted.size(), raw.data()),
                    "running the model");
   std::vector<Tensor> tensors;
-  for (OrtValue* value : raw) tensors.emplace_back(runtime_, value);
+  for (size_t i = 0; i < raw.size(); ++i) {
+    if (results.count(outputs_[i])) {
+      tensors.emplace_back();
+    } else {
+      tensors.emplace_back(runtime_, raw[i]);
+    }
+  }
   return tensors;
 }
 

@@ -61,8 +61,12 @@ class Session {
   Session& operator=(const Session&) = delete;
   const std::map<std::string, Input>& inputs() const { return inputs_; }
   const std::vector<std::string>& outputs() const { return outputs_; }
-  // Runs once; the outputs come in the order of outputs().
-  std::vector<Tensor> run(const std::vector<std::pair<std::string, const Tensor*>>& feeds);
+  // The value that the graph carries under a key of its metadata; empty where there is none.
+  std::string metadata(const std::string& key) const;
+  // Runs once; the outputs come in the order of outputs(). `results`, by output name, are written in place: those
+  // outputs come back empty.
+  std::vector<Tensor> run(const std::vector<std::pair<std::string, const Tensor*>>& feeds,
+                          const std::map<std::string, const Tensor*>& results = {});
 
  private:
   void read_signature();
