@@ -32,6 +32,7 @@ FEATURES_OF: dict[str, frozenset[str]] = {
 """Architecture to the features that a target of it may name; a GPU is a feature of the machine that it is in."""
 
 IMPLIED: dict[str, str] = {
+    "avx_vnni": "avx2",
     "avx512f": "avx2",
     "avx512bw": "avx512f",
     "avx512cd": "avx512f",

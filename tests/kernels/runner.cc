@@ -9,6 +9,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <string>
 #include <thread>
@@ -74,23 +76,55 @@ void run_threads(void* context, void (*task)(void*, int64_t), void* argument, in
   for (std::thread& thread : threads) thread.join();
 }
 
-// Exactly as large as asked for, so that a sanitizer sees every byte beyond.
+#if defined(__SANITIZE_ADDRESS__)
+// Exactly as large as asked for, so that the sanitizer sees every byte around it.
+struct Allocation {
+  Allocation(int64_t bytes, int64_t alignment) {
+    if (posix_memalign(&base, alignment < 16 ? 16 : alignment, bytes) != 0) fail("out of memory");
+  }
+  void release() { free(base); }
+  void* base = nullptr;
+};
+#else
+// Ends where a page begins that nobody may touch, so that a read or write beyond it stops the program also where no
+// sanitizer runs, as under an emulator. `alignment` moves the end down to its next multiple.
+struct Allocation {
+  Allocation(int64_t bytes, int64_t alignment) {
+    const int64_t page = sysconf(_SC_PAGESIZE), used = (bytes + alignment - 1) / alignment * alignment;
+    mapped_bytes = (used + page - 1) / page * page + page;
+    mapped = mmap(nullptr, mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) fail("out of memory");
+    uint8_t* const last_page = static_cast<uint8_t*>(mapped) + mapped_bytes - page;
+    if (mprotect(last_page, page, PROT_NONE) != 0) fail("cannot protect a page");
+    base = last_page - used;
+  }
+  void release() { munmap(mapped, mapped_bytes); }
+  void* mapped;
+  int64_t mapped_bytes;
+  void* base;
+};
+#endif
+
 class Memory {
  public:
-  explicit Memory(int64_t bytes) : bytes_(bytes) {
-    if (bytes > 0 && posix_memalign(&base_, 64, bytes) != 0) fail("out of memory");
-    if (bytes > 0) memset(base_, 0xa5, bytes);
+  explicit Memory(int64_t bytes, int64_t alignment = 1) : allocation_(bytes, alignment), bytes_(bytes) {
+    memset(get(), 0xa5, bytes);
   }
-  Memory(Memory&& other) noexcept : base_(other.base_), bytes_(other.bytes_) { other.base_ = nullptr; }
+  Memory(Memory&& other) noexcept : allocation_(other.allocation_), bytes_(other.bytes_), owns_(other.owns_) {
+    other.owns_ = false;
+  }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
-  ~Memory() { free(base_); }
-  void* get() const { return base_; }
+  ~Memory() {
+    if (owns_) allocation_.release();
+  }
+  void* get() const { return allocation_.base; }
   int64_t bytes() const { return bytes_; }
 
  private:
-  void* base_ = nullptr;
+  Allocation allocation_;
   int64_t bytes_;
+  bool owns_ = true;
 };
 
 class Stream {
@@ -147,7 +181,7 @@ void run_call(const std::string& name, Stream& stream) {
     outputs.emplace_back(stream.number());
     set_pointer(args, offset, outputs.back().get());
   }
-  const Memory scratch(op.scratch_bytes(args.get(), &parallel));
+  const Memory scratch(op.scratch_bytes(args.get(), &parallel), 64);
   stream.write(op.run(args.get(), &parallel, scratch.get(), scratch.bytes()));
   stream.write(threads);
   for (const Memory& output : outputs) stream.write(output.get(), output.bytes());

@@ -1,4 +1,4 @@
-"""The NEON variants, cross-compiled and run under qemu on a processor without and with the dot product."""
+"""The NEON variants, cross-compiled and run under qemu: a processor without the dot product, with it, and with i8mm."""
 
 from pathlib import Path
 
@@ -31,6 +31,18 @@ def test_with_dot_product(program: Path, tmp_path: Path) -> None:
     assert runner.variants() == ("neondot", ["generic", "neon", "neondot"])
     for variant in ("neon", "neondot"):
         runner.check(variant, some_cases(), tmp_path)
+
+
+def test_with_matrix_products(program: Path, tmp_path: Path) -> None:
+    runner = runner_on("max", program)
+    assert runner.variants() == ("neoni8mm", ["generic", "neon", "neondot", "neoni8mm"])
+    runner.check("neoni8mm", some_cases(), tmp_path)
+
+
+def test_matrix_products_are_refused_where_they_are_missing(program: Path) -> None:
+    done = runner_on("cortex-a76", program).start("--variants", variant="neoni8mm")
+    assert done.returncode == 1
+    assert "QSPARSE_VARIANT=neoni8mm cannot run on this machine; supported here: generic neon neondot" in done.stderr
 
 
 def test_dot_product_is_refused_where_it_is_missing(program: Path) -> None:

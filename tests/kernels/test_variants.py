@@ -176,7 +176,7 @@ def test_unknown_variant_is_refused(variant: str, monkeypatch: pytest.MonkeyPatc
 
 def test_variants_of_other_processors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     library = open_library()
-    assert library.variants == ("generic", "avx2", "avx512vnni", "neon", "neondot")
+    assert library.variants == ("generic", "avx2", "avxvnni", "avx512vnni", "neon", "neondot", "neoni8mm")
     for variant in set(library.variants) - set(library.supported):
         monkeypatch.setenv("QSPARSE_VARIANT", variant)
         with pytest.raises(TargetError, match=f"{variant} cannot run on this machine; supported here: generic"):

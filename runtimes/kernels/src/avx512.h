@@ -2,7 +2,7 @@
 #ifndef QSK_SRC_AVX512_H_
 #define QSK_SRC_AVX512_H_
 
-#if defined(QSK_EMULATE_AVX512)
+#if defined(QSK_EMULATE_VNNI)
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 

@@ -7,23 +7,37 @@
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <stddef.h>
+#include <sys/sysctl.h>
 #endif
 
 namespace qsk {
 
 bool cpu_has_anything() { return true; }
 
+#if defined(__aarch64__) && defined(__linux__)
+namespace {
+
+constexpr unsigned long kHwcap2I8mm = 1ul << 13;  // HWCAP2_I8MM, which kernel headers have since 5.10
+
+}  // namespace
+#endif
+
 #if defined(__x86_64__)
 namespace {
 
 struct Features {
   bool avx2;
+  bool avxvnni;
   bool avx512vnni;
 };
 
 // Bits of XCR0: the register states that the operating system saves on a switch.
 constexpr uint64_t kXmmYmm = 0x6;
 constexpr uint64_t kOpmaskZmm = 0xe0;
+
+constexpr uint32_t kAvxVnni = 1 << 4;  // of leaf 7.1's EAX; GCC 10's cpuid.h has no name for it
 
 uint64_t saved_states() {
   uint32_t low, high;
@@ -42,7 +56,10 @@ Features detect() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};
   const bool avx2 = b & bit_AVX2;
   const bool avx512 = (b & bit_AVX512F) && (b & bit_AVX512BW) && (b & bit_AVX512VL) && (c & bit_AVX512VNNI);
-  return {avx2, avx2 && avx512 && (states & kOpmaskZmm) == kOpmaskZmm};
+  const uint32_t last_subleaf = a;
+  bool avxvnni = false;
+  if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) avxvnni = a & kAvxVnni;
+  return {avx2, avx2 && avxvnni, avx2 && avx512 && (states & kOpmaskZmm) == kOpmaskZmm};
 }
 
 const Features& features() {
@@ -53,34 +70,34 @@ const Features& features() {
 }  // namespace
 
 bool cpu_has_avx2() { return features().avx2; }
-#if defined(QSK_EMULATE_AVX512)
+#if defined(QSK_EMULATE_VNNI)
+bool cpu_has_avxvnni() { return features().avx2; }
 bool cpu_has_avx512vnni() { return features().avx2; }
 #else
+bool cpu_has_avxvnni() { return features().avxvnni; }
 bool cpu_has_avx512vnni() { return features().avx512vnni; }
 #endif
-bool cpu_has_neon() { return false; }
-bool cpu_has_neondot() { return false; }
-
 #elif defined(__aarch64__) && defined(__linux__)
 
-bool cpu_has_avx2() { return false; }
-bool cpu_has_avx512vnni() { return false; }
 bool cpu_has_neon() { return getauxval(AT_HWCAP) & HWCAP_ASIMD; }
 bool cpu_has_neondot() { return cpu_has_neon() && (getauxval(AT_HWCAP) & HWCAP_ASIMDDP); }
+bool cpu_has_neoni8mm() { return cpu_has_neondot() && (getauxval(AT_HWCAP2) & kHwcap2I8mm); }
 
-#elif defined(__aarch64__)  // Apple: every 64-bit ARM has Advanced SIMD, every Mac the dot product
+#elif defined(__aarch64__) && defined(__APPLE__)  // every Mac has Advanced SIMD and the dot product, from M2 on i8mm
 
-bool cpu_has_avx2() { return false; }
-bool cpu_has_avx512vnni() { return false; }
 bool cpu_has_neon() { return true; }
 bool cpu_has_neondot() { return true; }
+bool cpu_has_neoni8mm() {
+  int has = 0;
+  size_t bytes = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_I8MM", &has, &bytes, nullptr, 0) == 0 && has != 0;
+}
 
-#else
+#elif defined(__aarch64__)
 
-bool cpu_has_avx2() { return false; }
-bool cpu_has_avx512vnni() { return false; }
-bool cpu_has_neon() { return false; }
+bool cpu_has_neon() { return true; }
 bool cpu_has_neondot() { return false; }
+bool cpu_has_neoni8mm() { return false; }
 
 #endif
 

@@ -83,6 +83,7 @@ constexpr int64_t kGemmTileBytes = 64;
 constexpr int64_t kGemmTileOutputs = 4 * kGemmTileBytes;
 constexpr int64_t kGemmSumsStride = kGemmTileOutputs + 16;  // of rows of sums: not all in the same sets of the cache
 constexpr int64_t kGemmTileChannels = 256;
+constexpr int64_t kGemmChannelGroup = 8;  // a tile's channels are a multiple of it; those that fill up have q = 0
 constexpr int64_t kGemmTileRows = 128;
 constexpr int64_t kGemmPanelGap = 64;    // between panels of codes, at most
 constexpr int64_t kGemmMostPanels = 16;  // of a tile
@@ -96,7 +97,7 @@ struct TileWeights {
 };
 
 struct TernaryTile {
-  TileWeights weights;  // channels: a multiple of 4
+  TileWeights weights;  // channels: a multiple of kGemmChannelGroup
   TileWeights next;     // of the tile that comes after this one; 0 channels: none
   int64_t row_bytes;    // stride of w
   int64_t bytes;        // of a row in this tile: 32 or 64
@@ -105,6 +106,10 @@ struct TernaryTile {
   int64_t rows;    // at most kGemmTileRows
   uint8_t* codes;  // workspace, kGemmCodesBytes, aligned to 64
 };
+
+// Rows that pass all of a tile's panels together: their activations take a small part of the first-level cache, and lie
+// on few pages.
+constexpr int64_t kGemmRowsAtOnce = 12;
 
 // A tile reads one line of every channel's row, which no hardware prefetcher follows: fetches the `part`-th of `parts`
 // of the next tile's lines into the second-level cache.
@@ -144,7 +149,8 @@ constexpr int64_t kGemvRows = 32;
 extern const HalfKernels half_generic, half_f16c, half_neon;
 extern const QuantizeKernels quantize_generic, quantize_avx2, quantize_neon;
 extern const TopKKernels topk_generic, topk_avx2, topk_neon;
-extern const TernaryKernels ternary_generic, ternary_avx2, ternary_avx512vnni, ternary_neon, ternary_neondot;
+extern const TernaryKernels ternary_generic, ternary_avx2, ternary_avxvnni, ternary_avx512vnni;
+extern const TernaryKernels ternary_neon, ternary_neondot, ternary_neoni8mm;
 
 }  // namespace qsk
 

@@ -10,6 +10,7 @@
 
 #include "avx512.h"
 #include "kernels.h"
+#include "ternary_quads.h"
 
 namespace qsk {
 namespace {
@@ -38,46 +39,69 @@ void interleave(__m512i a, __m512i b, __m512i c, __m512i d, __m512i bytes[4]) {
   bytes[3] = _mm512_unpackhi_epi16(ab1, cd1);
 }
 
-void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
-          const int32_t* next, int64_t next_count, int32_t* sums) {
-  const uint8_t* rows[kGemvRows];
-  alignas(4) int8_t activations[kGemvRows] = {};
-  memcpy(activations, value, count);
-  const int64_t quad_count = (count + 3) / 4;
-  for (int64_t i = 0; i < 4 * quad_count; ++i) rows[i] = w + index[i < count ? i : count - 1] * row_bytes;
+// sum += products of four channels. GCC 12 moves most sums to another register and back: an empty statement that claims
+// to change one keeps it where it is.
+void add_dot(__m512i codes, __m512i q, __m512i& sum) {
+  sum = _mm512_dpbusd_epi32(sum, codes, q);
+#if defined(__GNUC__) && !defined(QSK_EMULATE_VNNI)
+  __asm__("" : "+v"(sum));
+#endif
+}
+
+template <_mm_hint kHint>
+void prefetch(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), kHint);
+}
+
+// Adds the products of the line at `column` of all rows of the group. Meanwhile prefetches the group's own next line
+// into the first-level cache, where 32 rows would not fit, and that of the next group from memory.
+template <bool kIsHalf>
+void add_block(const QuadGroup& group, int64_t column, int64_t near, int32_t* block) {
   const __m512i mask0 = _mm512_set1_epi8(0x03), mask1 = _mm512_set1_epi8(0x0c), mask2 = _mm512_set1_epi8(0x30);
   const __m512i mask3 = _mm512_set1_epi8(static_cast<char>(0xc0));
-  for (int64_t column = 0; column < row_bytes; column += kBlockBytes) {
-    for (int64_t i = 0; i < next_count; ++i) {
-      _mm_prefetch(reinterpret_cast<const char*>(w + next[i] * row_bytes + column), _MM_HINT_T0);
+  __m512i products[4][4];  // [h][plane]
+  for (auto& planes : products) {
+    for (auto& plane : planes) plane = _mm512_setzero_si512();
+  }
+  for (int64_t i = 0; i < group.quad_count; ++i) {
+    const uint8_t* const* const rows = group.rows + 4 * i;
+    const uint8_t* const* const next = group.next + 4 * i;
+    for (int r = 0; r < 4; ++r) {
+      prefetch<_MM_HINT_T0>(rows[r] + near);
+      prefetch<_MM_HINT_T1>(next[r] + column);
     }
-    const bool is_half = row_bytes - column < kBlockBytes;
-    __m512i products[4][4];  // [h][plane]
-    for (auto& planes : products) {
-      for (auto& plane : planes) plane = _mm512_setzero_si512();
-    }
-    for (int64_t i = 0; i < quad_count; ++i) {
-      int32_t four;
-      memcpy(&four, activations + 4 * i, sizeof four);
-      const __m512i q = _mm512_set1_epi32(four);
-      __m512i bytes[4];
-      interleave(load_bytes(rows[4 * i] + column, is_half), load_bytes(rows[4 * i + 1] + column, is_half),
-                 load_bytes(rows[4 * i + 2] + column, is_half), load_bytes(rows[4 * i + 3] + column, is_half), bytes);
-      for (int h = 0; h < 4; ++h) {
-        products[h][0] = _mm512_dpbusd_epi32(products[h][0], _mm512_and_si512(bytes[h], mask0), q);
-        products[h][1] = _mm512_dpbusd_epi32(products[h][1], _mm512_and_si512(bytes[h], mask1), q);
-        products[h][2] = _mm512_dpbusd_epi32(products[h][2], _mm512_and_si512(bytes[h], mask2), q);
-        products[h][3] = _mm512_dpbusd_epi32(products[h][3], _mm512_and_si512(bytes[h], mask3), q);
-      }
-    }
-    int32_t* block = sums + column / kBlockBytes * kBlockSums;
+    int32_t four;
+    memcpy(&four, group.activations + 4 * i, sizeof four);
+    const __m512i q = _mm512_set1_epi32(four);
+    __m512i bytes[4];
+    interleave(load_bytes(rows[0] + column, kIsHalf), load_bytes(rows[1] + column, kIsHalf),
+               load_bytes(rows[2] + column, kIsHalf), load_bytes(rows[3] + column, kIsHalf), bytes);
     for (int h = 0; h < 4; ++h) {
-      add_to(block + (4 * h + 0) * kVectorSums, products[h][0]);
-      add_to(block + (4 * h + 1) * kVectorSums, _mm512_srai_epi32(products[h][1], 2));
-      add_to(block + (4 * h + 2) * kVectorSums, _mm512_srai_epi32(products[h][2], 4));
-      add_to(block + (4 * h + 3) * kVectorSums, _mm512_srai_epi32(products[h][3], 6));
+      add_dot(_mm512_and_si512(bytes[h], mask0), q, products[h][0]);
+      add_dot(_mm512_and_si512(bytes[h], mask1), q, products[h][1]);
+      add_dot(_mm512_and_si512(bytes[h], mask2), q, products[h][2]);
+      add_dot(_mm512_and_si512(bytes[h], mask3), q, products[h][3]);
     }
   }
+  for (int h = 0; h < 4; ++h) {
+    add_to(block + (4 * h + 0) * kVectorSums, products[h][0]);
+    add_to(block + (4 * h + 1) * kVectorSums, _mm512_srai_epi32(products[h][1], 2));
+    add_to(block + (4 * h + 2) * kVectorSums, _mm512_srai_epi32(products[h][2], 4));
+    add_to(block + (4 * h + 3) * kVectorSums, _mm512_srai_epi32(products[h][3], 6));
+  }
+}
+
+void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
+          const int32_t* next, int64_t next_count, int32_t* sums) {
+  if (count <= 0) return;
+  QuadGroup group;
+  set_up(group, w, row_bytes, index, value, count, next, next_count);
+  int64_t column = 0;
+  for (; column + kBlockBytes <= row_bytes; column += kBlockBytes, sums += kBlockSums) {
+    const int64_t near = column + kBlockBytes < row_bytes ? column + kBlockBytes : column;
+    add_block<false>(group, column, near, sums);
+  }
+  if (column < row_bytes) add_block<true>(group, column, column, sums);
 }
 
 // Panels start a line further than their contents need: 8192 bytes apart, all of them would share one set of the cache.
@@ -136,23 +160,26 @@ void multiply(const uint8_t* panel, int64_t quads, const int8_t* q, int64_t q_st
 void gemm(const TernaryTile& tile, int32_t* sums) {
   unpack(tile);
   const int64_t quads = tile.weights.channels / 4;
-  for (int64_t panel = 0; panel < 8; ++panel) {
-    prefetch_next_tile(tile, panel, 8);
-    const uint8_t* codes = tile.codes + panel * panel_bytes(quads);
-    int64_t row = 0;
-    while (row < tile.rows) {
-      const int8_t* q = tile.q + row * tile.q_stride;
-      int32_t* out = sums + row * kGemmSumsStride + panel * 2 * kVectorSums;
-      const int64_t left = tile.rows - row;
-      if (left >= 8) {
-        multiply<8>(codes, quads, q, tile.q_stride, out);
-        row += 8;
-      } else if (left >= 4) {
-        multiply<4>(codes, quads, q, tile.q_stride, out);
-        row += 4;
-      } else {
-        multiply<1>(codes, quads, q, tile.q_stride, out);
-        row += 1;
+  for (int64_t first = 0; first < tile.rows; first += kGemmRowsAtOnce) {
+    const int64_t end = first + kGemmRowsAtOnce < tile.rows ? first + kGemmRowsAtOnce : tile.rows;
+    for (int64_t panel = 0; panel < 8; ++panel) {
+      if (first == 0) prefetch_next_tile(tile, panel, 8);
+      const uint8_t* codes = tile.codes + panel * panel_bytes(quads);
+      int64_t row = first;
+      while (row < end) {
+        const int8_t* q = tile.q + row * tile.q_stride;
+        int32_t* out = sums + row * kGemmSumsStride + panel * 2 * kVectorSums;
+        const int64_t left = end - row;
+        if (left >= 12) {
+          multiply<12>(codes, quads, q, tile.q_stride, out);
+          row += 12;
+        } else if (left >= 4) {
+          multiply<4>(codes, quads, q, tile.q_stride, out);
+          row += 4;
+        } else {
+          multiply<1>(codes, quads, q, tile.q_stride, out);
+          row += 1;
+        }
       }
     }
   }

@@ -86,31 +86,39 @@ void multiply(const uint8_t* codes, int64_t channels, const int8_t* q, int64_t q
   }
 }
 
+// Rows first..end-1 of one panel, over `channels` channels.
+void multiply_rows(const TernaryTile& tile, const uint8_t* codes, int64_t begin, int64_t channels, int64_t first,
+                   int64_t end, int32_t* sums) {
+  int64_t row = first;
+  while (row < end) {
+    const int8_t* q = tile.q + row * tile.q_stride + begin;
+    int32_t* out = sums + row * kGemmSumsStride;
+    const int64_t left = end - row;
+    if (left >= 8) {
+      multiply<8>(codes, channels, q, tile.q_stride, out);
+      row += 8;
+    } else if (left >= 4) {
+      multiply<4>(codes, channels, q, tile.q_stride, out);
+      row += 4;
+    } else {
+      multiply<1>(codes, channels, q, tile.q_stride, out);
+      row += 1;
+    }
+  }
+}
+
 void gemm(const TernaryTile& tile, int32_t* sums) {
   unpack(tile);
-  const int64_t panels = tile.bytes / kHalfBytes * 4;
-  for (int64_t begin = 0; begin < tile.weights.channels; begin += kMultiplyChannels) {
-    const int64_t left_channels = tile.weights.channels - begin;
-    const int64_t channels = left_channels < kMultiplyChannels ? left_channels : kMultiplyChannels;
+  const int64_t panels = tile.bytes / kHalfBytes * 4, tile_channels = tile.weights.channels;
+  for (int64_t first = 0; first < tile.rows; first += kGemmRowsAtOnce) {
+    const int64_t end = first + kGemmRowsAtOnce < tile.rows ? first + kGemmRowsAtOnce : tile.rows;
     for (int64_t panel = 0; panel < panels; ++panel) {
-      if (begin == 0) prefetch_next_tile(tile, panel, panels);
-      const uint8_t* codes = tile.codes + (panel * tile.weights.channels + begin) * kHalfBytes;
-      int32_t* panel_sums = sums + panel / 4 * kHalfSums + panel % 4 * 4;
-      int64_t row = 0;
-      while (row < tile.rows) {
-        const int8_t* q = tile.q + row * tile.q_stride + begin;
-        int32_t* out = panel_sums + row * kGemmSumsStride;
-        const int64_t left = tile.rows - row;
-        if (left >= 8) {
-          multiply<8>(codes, channels, q, tile.q_stride, out);
-          row += 8;
-        } else if (left >= 4) {
-          multiply<4>(codes, channels, q, tile.q_stride, out);
-          row += 4;
-        } else {
-          multiply<1>(codes, channels, q, tile.q_stride, out);
-          row += 1;
-        }
+      if (first == 0) prefetch_next_tile(tile, panel, panels);
+      for (int64_t begin = 0; begin < tile_channels; begin += kMultiplyChannels) {
+        const int64_t left = tile_channels - begin;
+        const uint8_t* codes = tile.codes + (panel * tile_channels + begin) * kHalfBytes;
+        multiply_rows(tile, codes, begin, left < kMultiplyChannels ? left : kMultiplyChannels, first, end,
+                      sums + panel / 4 * kHalfSums + panel % 4 * 4);
       }
     }
   }
@@ -118,6 +126,6 @@ void gemm(const TernaryTile& tile, int32_t* sums) {
 
 }  // namespace
 
-const TernaryKernels ternary_neon = {32, {1.0f, 0.6f}, gemv, gemm, finish};
+const TernaryKernels ternary_neon = {32, {1.1f, 0.75f}, gemv, gemm, finish};
 
 }  // namespace qsk

@@ -3,27 +3,17 @@
 // sdot adds the four products of four channels to an int32 lane. In one row the four outputs of a byte are four planes;
 // the planes 1 and 2 are masked without a shift, which multiplies their codes by 4 and 16 (still a signed byte), and
 // divided exactly when a group of channels is done.
-#include "ternary_neon_finish.h"
+#include "ternary_neondot_gemv.h"
 
 namespace qsk {
 namespace {
 
-// bytes[h]: each 32-bit lane holds one row byte of four channels.
-void interleave(const uint8_t* const rows[4], int64_t column, uint8x16_t bytes[4]) {
-  const uint8x16_t a = vld1q_u8(rows[0] + column), b = vld1q_u8(rows[1] + column);
-  const uint8x16_t c = vld1q_u8(rows[2] + column), d = vld1q_u8(rows[3] + column);
-  const uint16x8_t ab0 = vreinterpretq_u16_u8(vzip1q_u8(a, b)), ab1 = vreinterpretq_u16_u8(vzip2q_u8(a, b));
-  const uint16x8_t cd0 = vreinterpretq_u16_u8(vzip1q_u8(c, d)), cd1 = vreinterpretq_u16_u8(vzip2q_u8(c, d));
-  bytes[0] = vreinterpretq_u8_u16(vzip1q_u16(ab0, cd0));
-  bytes[1] = vreinterpretq_u8_u16(vzip2q_u16(ab0, cd0));
-  bytes[2] = vreinterpretq_u8_u16(vzip1q_u16(ab1, cd1));
-  bytes[3] = vreinterpretq_u8_u16(vzip2q_u16(ab1, cd1));
-}
-
 int32x4_t dot(int32x4_t sum, uint8x16_t codes, int8x16_t q) { return vdotq_s32(sum, vreinterpretq_s8_u8(codes), q); }
 
-void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
-          const int32_t* next, int64_t next_count, int32_t* sums) {
+}  // namespace
+
+void ternary_neondot_gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
+                          const int32_t* next, int64_t next_count, int32_t* sums) {
   const uint8_t* rows[kGemvRows];
   int8_t activations[kGemvRows] = {};
   memcpy(activations, value, count);
@@ -60,6 +50,8 @@ void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_
     }
   }
 }
+
+namespace {
 
 // Codes as [half][h][quad of channels][plane][16]: each 32-bit lane holds the four codes of one output.
 void unpack(const TernaryTile& tile) {
@@ -115,20 +107,22 @@ void gemm(const TernaryTile& tile, int32_t* sums) {
   unpack(tile);
   const int64_t quads = tile.weights.channels / 4;
   const int64_t panels = tile.bytes / kHalfBytes * 4;
-  for (int64_t panel = 0; panel < panels; ++panel) {
-    prefetch_next_tile(tile, panel, panels);
-    const uint8_t* codes = tile.codes + panel * quads * 64;
-    int64_t row = 0;
-    while (row < tile.rows) {
-      const int8_t* q = tile.q + row * tile.q_stride;
-      int32_t* out = sums + row * kGemmSumsStride + panel * 16;
-      const int64_t left = tile.rows - row;
-      if (left >= 4) {
-        multiply<4>(codes, quads, q, tile.q_stride, out);
-        row += 4;
-      } else {
-        multiply<1>(codes, quads, q, tile.q_stride, out);
-        row += 1;
+  for (int64_t first = 0; first < tile.rows; first += kGemmRowsAtOnce) {
+    const int64_t end = first + kGemmRowsAtOnce < tile.rows ? first + kGemmRowsAtOnce : tile.rows;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      if (first == 0) prefetch_next_tile(tile, panel, panels);
+      const uint8_t* codes = tile.codes + panel * quads * 64;
+      int64_t row = first;
+      while (row < end) {
+        const int8_t* q = tile.q + row * tile.q_stride;
+        int32_t* out = sums + row * kGemmSumsStride + panel * 16;
+        if (end - row >= 4) {
+          multiply<4>(codes, quads, q, tile.q_stride, out);
+          row += 4;
+        } else {
+          multiply<1>(codes, quads, q, tile.q_stride, out);
+          row += 1;
+        }
       }
     }
   }
@@ -136,6 +130,6 @@ void gemm(const TernaryTile& tile, int32_t* sums) {
 
 }  // namespace
 
-const TernaryKernels ternary_neondot = {32, {1.0f, 0.6f}, gemv, gemm, finish};
+const TernaryKernels ternary_neondot = {32, {1.2f, 0.47f}, ternary_neondot_gemv, gemm, finish};
 
 }  // namespace qsk

@@ -284,14 +284,14 @@ Active unite(const Call& call) {
     active.count = k;
     for (int64_t c = 0; c < k; ++c) active.index[c] = static_cast<int32_t>(c);
   }
-  for (int64_t c = active.count; c % 4 != 0; ++c) active.index[c] = active.index[c - 1];  // with q = 0
+  for (int64_t c = active.count; c % kGemmChannelGroup != 0; ++c) active.index[c] = active.index[c - 1];  // with q = 0
   return active;
 }
 
 void close_gaps(const Call& call, const Active& active, int64_t row) {
   int8_t* q = call.work.q + row * call.work.q_stride;
   for (int64_t c = 0; c < active.count; ++c) q[c] = q[active.index[c]];
-  for (int64_t c = active.count; c % 4 != 0; ++c) q[c] = 0;
+  for (int64_t c = active.count; c % kGemmChannelGroup != 0; ++c) q[c] = 0;
 }
 
 // Whether each row on its own, skipping what is inactive in it, costs less than the GEMM over `any`, the union.
@@ -398,7 +398,7 @@ void multiply_tile(const Call& call, const Active& active, const Tiling& tiling,
     tile.next = end < active.count ? weights_of(call, active, tiling, position, end)
                 : next >= 0        ? weights_of(call, active, tiling, next, 0)
                                    : TileWeights{};
-    tile.weights.channels = round_up(tile.weights.channels, 4);
+    tile.weights.channels = round_up(tile.weights.channels, kGemmChannelGroup);
     tile.q = work.q + first_row * work.q_stride + begin;
     call.variant.ternary->gemm(tile, sums);
   }
@@ -417,8 +417,8 @@ Tiling tiling_of(const Call& call) {
   const int64_t m = call.args.m;
   Tiling tiling;
   tiling.columns = ceil_div(call.row_bytes, kGemmTileBytes);
-  tiling.rows = min_of(ceil_div(m, kLeastRows), ceil_div(kTilesPerWorker * call.workers, tiling.columns));
-  tiling.rows = max_of(tiling.rows, ceil_div(m, kGemmTileRows));
+  const int64_t tiles = call.workers > 1 ? kTilesPerWorker * call.workers : 1;
+  tiling.rows = max_of(ceil_div(m, kGemmTileRows), min_of(ceil_div(m, kLeastRows), ceil_div(tiles, tiling.columns)));
   tiling.tile_rows = min_of(kGemmTileRows, round_up(ceil_div(m, tiling.rows), 4));  // of like size
   tiling.rows = ceil_div(m, tiling.tile_rows);
   return tiling;

@@ -18,10 +18,13 @@ const qsk_variant kVariants[] = {
 #if defined(__x86_64__)
     {"avx2", qsk::cpu_has_avx2, &qsk::half_f16c, &qsk::quantize_avx2, &qsk::topk_avx2, &qsk::ternary_avx2,
      &qsk::float_avx2, &qsk::layer_avx2},
+    {"avxvnni", qsk::cpu_has_avxvnni, &qsk::half_f16c, &qsk::quantize_avx2, &qsk::topk_avx2, &qsk::ternary_avxvnni,
+     &qsk::float_avx2, &qsk::layer_avx2},
     {"avx512vnni", qsk::cpu_has_avx512vnni, &qsk::half_f16c, &qsk::quantize_avx2, &qsk::topk_avx2,
      &qsk::ternary_avx512vnni, &qsk::float_avx2, &qsk::layer_avx2},
 #else
     {"avx2", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
+    {"avxvnni", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
     {"avx512vnni", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
 #endif
 #if defined(__aarch64__)
@@ -29,9 +32,12 @@ const qsk_variant kVariants[] = {
      &qsk::float_neon, &qsk::layer_neon},
     {"neondot", qsk::cpu_has_neondot, &qsk::half_neon, &qsk::quantize_neon, &qsk::topk_neon, &qsk::ternary_neondot,
      &qsk::float_neon, &qsk::layer_neon},
+    {"neoni8mm", qsk::cpu_has_neoni8mm, &qsk::half_neon, &qsk::quantize_neon, &qsk::topk_neon, &qsk::ternary_neoni8mm,
+     &qsk::float_neon, &qsk::layer_neon},
 #else
     {"neon", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
     {"neondot", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
+    {"neoni8mm", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
 #endif
 };
 
