@@ -79,8 +79,9 @@ def _downgrade(model: ir.Model, version: int, to: int) -> None:
         if unknown or len(node.inputs) > schema.max_input:
             what = ", ".join(unknown) or f"input {schema.max_input}"
             raise ExportError(f"{called} uses {what} of opset {newest.since_version}; export the model with opset {to}")
-    for graph in (model.graph, *model.functions.values()):
-        graph.opset_imports[""] = to
+    model.graph.opset_imports[""] = to
+    for function in model.functions.values():
+        function.opset_imports[""] = to
 
 
 def _standard_nodes(model: ir.Model) -> Iterator[ir.Node]:

@@ -69,8 +69,8 @@ def _match(node: ir.Node) -> _Match | str:
             continue
         activation, gate, inner = activated
         up, up_casts = _through_cast(node.inputs[other])
-        gate, gate_casts = _through_cast(gate)
-        found = _split(gate, up)
+        source, gate_casts = _through_cast(gate)
+        found = _split(source, up)
         if isinstance(found, str):
             reason = found
             continue
@@ -99,8 +99,8 @@ def _activated(value: ir.Value | None) -> tuple[str, ir.Value, tuple[ir.Node, ..
             if is_op(relu, "Relu") and relu.inputs[0] is not None:
                 return "relu2", relu.inputs[0], (node, relu)
         for position in (0, 1):
-            value = node.inputs[position]
-            sigmoid = value.producer() if value is not None else None
+            factor = node.inputs[position]
+            sigmoid = factor.producer() if factor is not None else None
             gate = other_input(node, position)
             if is_op(sigmoid, "Sigmoid") and gate is not None and sigmoid.inputs[0] is gate:
                 return "silu", gate, (node, sigmoid)

@@ -114,7 +114,7 @@ def _match(node: ir.Node) -> _Match | str | None:
 
 def _descaled(y: ir.Value, factor: RowFactor) -> tuple[RowFactor, ir.Value]:
     """Takes in the factors that ``y`` alone is multiplied by: the descaling and the scale of the weights."""
-    while len(uses := y.uses()) == 1 and not y.is_graph_output():
+    while len(uses := tuple(y.uses())) == 1 and not y.is_graph_output():
         node = uses[0].node
         if node.domain != "" or node.op_type not in ("Mul", "Div", "Cast"):
             break

@@ -215,7 +215,7 @@ def _rounded(value: ir.Value) -> QuantisedRow | None:
             factor = RowFactor(1.0).times(factor, -1)
         if factor is None or factor.power != -1 or abs(factor.coefficient / 127 - 1) > _CLOSE:
             raise Unlike("x is not scaled by 127 / max(abs(x)) before it is rounded")
-        if not _is_row_of(factor.source, x):
+        if factor.source is None or not _is_row_of(factor.source, x):
             raise Unlike("the maximum is of another value than the one that is rounded")
         return QuantisedRow(x, scaled, value, RowFactor(1.0, 0, factor.source))
     return None

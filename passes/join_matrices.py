@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -146,7 +147,7 @@ def _rewrite(graph: ir.Graph, match: Match, family: Family) -> None:
     selection = (width, 0, "none") if match.mask is None else _selection(match.mask)
     results = [node.outputs[0] for node in match.products]
     scope = dict((match.mask or first).metadata_props)
-    attributes = {"k": selection[0], "block": selection[1], "rescale": selection[2], "n": sizes}
+    attributes: dict[str, Any] = {"k": selection[0], "block": selection[1], "rescale": selection[2], "n": sizes}
     fused = ir.node(
         family.joined,
         [match.x, *joined],

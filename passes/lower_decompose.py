@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
@@ -11,6 +11,9 @@ from qsparse_export.errors import ExportError, UsageError
 from qsparse_export.passes.annotate_scope import SCOPE
 from qsparse_export.passes.base import Pass, PassResult
 from qsparse_export.passes.match import STANDARD, replaced
+
+if TYPE_CHECKING:
+    import onnx
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Decompose(Pass):
             if not onnx.defs.has(op, opset, ""):
                 continue  # younger than the graph, which cannot hold it
             schema = onnx.defs.get_schema(op, opset, "")
-            if not schema.has_function and not schema.has_context_dependent_function:
+            if not (schema.has_function or schema.has_context_dependent_function):  # type: ignore[attr-defined]
                 raise UsageError(
                     f"decompose: ONNX defines {op} by words alone; only ops with a function body have a lower form"
                 )
@@ -95,7 +98,7 @@ def _replace(graph: ir.Graph, node: ir.Node, opset: int, label: str) -> None:
     graph.remove(node, safe=True)
 
 
-def _info(name: str, value: ir.Value) -> object:
+def _info(name: str, value: ir.Value) -> onnx.ValueInfoProto:
     import onnx
 
     shape = None if value.shape is None else [dim if isinstance(dim, int) else str(dim) for dim in value.shape]

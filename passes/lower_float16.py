@@ -91,9 +91,9 @@ def _wide_nodes(graph: ir.Graph) -> set[int]:
     for node in graph:
         if squared_product(node) is not None and is_op(node, "Mul"):
             wide.add(id(node))
-            for value in node.inputs:
-                square = value.producer() if value is not None else None
-                if square is not None and is_square(value):
+            for factor in node.inputs:
+                square = factor.producer() if factor is not None else None
+                if square is not None and is_square(factor):
                     relu = square.inputs[0].producer() if square.inputs[0] is not None else None
                     wide |= {id(square), *([id(relu)] if is_op(relu, "Relu") else [])}
     return wide
@@ -121,15 +121,15 @@ class _Narrowing:
                 value.type = ir.TensorType(ir.DataType.FLOAT16)
                 _narrow_attributes(node)
         for node in nodes:
-            for position, value in enumerate(node.inputs):
+            for position, operand in enumerate(node.inputs):
                 if (
-                    value is not None
-                    and value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+                    operand is not None
+                    and operand.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
                     and not is_op(node, "Cast")
                 ):
                     wanted = self._wanted(node, position)
-                    if value.dtype != wanted:
-                        node.replace_input_with(position, self._cast(value, wanted, node))
+                    if operand.dtype != wanted:
+                        node.replace_input_with(position, self._cast(operand, wanted, node))
         for position, output in enumerate(self._graph.outputs):
             if output.dtype == ir.DataType.FLOAT:
                 self._graph.outputs[position] = self._narrowed_output(output)

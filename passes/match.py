@@ -40,7 +40,7 @@ def same_shape(first: ir.Value | None, second: ir.Value | None) -> bool:
     """Whether both shapes are known and equal, symbolic dimensions by name."""
     if first is None or second is None or first.shape is None or second.shape is None:
         return False
-    dims = [[dim if isinstance(dim, int) else dim.value for dim in value.shape] for value in (first, second)]
+    dims = [[dim if isinstance(dim, int) else dim.value for dim in shape] for shape in (first.shape, second.shape)]
     return dims[0] == dims[1] and None not in dims[0]
 
 

@@ -67,8 +67,7 @@ class Generator:
     def __init__(self, session: Session, shape: DecoderShape, tokenizer: Path | None = None) -> None:
         self.shape = shape
         self._session = session
-        # A session that says nothing of it, such as one that records another's values, has a cache that grows.
-        self._shares_cache = bool(getattr(session, "shares_cache", False))
+        self._shares_cache = session.shares_cache
         self._tokenizer_file = tokenizer
         self._pasts = tuple(name for name in session.input_names if name.startswith("past_key_values."))
         self._presents = tuple(name.replace("past_key_values.", "present.") for name in self._pasts)

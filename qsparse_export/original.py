@@ -120,7 +120,7 @@ def _followable(path: Path, choices: Sequence[Choice]) -> tuple[tuple[Followed, 
             graph.outputs.append(look.outputs[0])
         for value in {twin for name in replaced for twin in twins[named[name]]}:
             kept = named[kept_or_q] if is_mask else value
-            _put(graph, value, kept, guide, is_mask=is_mask, only_kept=is_mask or choice.masked)
+            _put(graph, value, kept, guide, is_mask=is_mask, only_kept=is_mask or bool(choice.masked))
         followed.append(entry)
     graph.sort()
     return tuple(followed), ir.to_proto(model).SerializeToString()

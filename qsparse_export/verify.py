@@ -319,27 +319,16 @@ class _LayerOutputs:
             hook.remove()
 
 
-class _Recorder:
+class _Recorder(SessionView):
     """A session that keeps the outputs of its last run."""
 
     def __init__(self, session: Session) -> None:
-        self._session = session
-        self.input_names, self.output_names = session.input_names, session.output_names
-        self.shares_cache = session.shares_cache
+        super().__init__(session)
         self.outputs: dict[str, Any] = {}
 
     def run(self, feeds: Mapping[str, Any], results: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        self.outputs = self._session.run(feeds, results)
+        self.outputs = super().run(feeds, results)
         return self.outputs
-
-    def to_tensor(self, array: Any) -> Any:
-        return self._session.to_tensor(array)
-
-    def to_numpy(self, tensor: Any) -> Any:
-        return self._session.to_numpy(tensor)
-
-    def native_calls(self) -> NativeCalls:
-        return self._session.native_calls()
 
 
 def layer_outputs(graph: ir.Model, layers: int) -> tuple[str, ...]:

@@ -57,6 +57,32 @@ class Session(Protocol):
         ...
 
 
+class SessionView:
+    """A session that does what another one does: the base of those that record its values."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.input_names = session.input_names
+        self.output_names = session.output_names
+        self.shares_cache = session.shares_cache
+
+    def run(self, feeds: Mapping[str, Any], results: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """See :class:`Session`."""
+        return self._session.run(feeds, results)
+
+    def to_tensor(self, array: Any) -> Any:
+        """See :class:`Session`."""
+        return self._session.to_tensor(array)
+
+    def to_numpy(self, tensor: Any) -> Any:
+        """See :class:`Session`."""
+        return self._session.to_numpy(tensor)
+
+    def native_calls(self) -> NativeCalls:
+        """See :class:`Session`."""
+        return self._session.native_calls()
+
+
 class Runtime(Protocol):
     """One way to run a graph; ``name`` is what ``--runtime`` takes."""
 

@@ -23,6 +23,7 @@ class FormulaSession:
         "past_key_values.0.value",
     )
     output_names = ("logits", "present.0.key", "present.0.value")
+    shares_cache = False
 
     def __init__(self):
         self.runs = 0

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from qsparse_export.bench.prompt import first_token
 from qsparse_export.bench.weight_reads import WeightReads, weight_reads
 from qsparse_export.errors import BundleError
 from qsparse_export.generate import Generator, greedy
 from qsparse_export.ops.base import DOMAIN
+from qsparse_export.runtimes.base import SessionView
 
 if TYPE_CHECKING:
     from qsparse_export.bundle import Bundle
-    from qsparse_export.runtimes.base import NativeCalls, Session
+    from qsparse_export.runtimes.base import Session
 
 
 @dataclass(frozen=True)
@@ -82,31 +81,24 @@ def _block_linears(bundle: Bundle) -> frozenset[str]:
         ) from error
 
 
-class _Counter:
+class _Counter(SessionView):
     """A session that counts the active channels of every product in each of its runs."""
 
     def __init__(self, session: Session, reads: WeightReads) -> None:
-        self._session = session
+        super().__init__(session)
         self._reads = reads
         self._active = [0] * len(reads.products)
         self._rows = [0] * len(reads.products)
         self.bytes_read = 0.0
-        self.input_names, self.output_names = session.input_names, session.output_names
 
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        outputs = self._session.run(feeds)
+    def run(self, feeds: Mapping[str, Any], results: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        outputs = super().run(feeds, results)
         for i, product in enumerate(self._reads.products):
             active = product.active(self._session.to_numpy(outputs[product.x]))
             self._active[i] += int(active.sum())
             self._rows[i] += len(active)
             self.bytes_read += product.bytes_read(active)
         return outputs
-
-    def to_numpy(self, tensor: Any) -> np.ndarray:
-        return self._session.to_numpy(tensor)
-
-    def native_calls(self) -> NativeCalls:
-        return self._session.native_calls()
 
     def density(self, linears: frozenset[str]) -> dict[str, float | None]:
         products = enumerate(self._reads.products)

@@ -84,7 +84,7 @@ def _check_names(model: ir.Model) -> None:
     import onnx_ir
 
     _ = f"{model.producer_name}"
-    for graph in (model.graph, *model.functions.values()):
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
         for node in graph:
             onnx_ir.to_proto(node)
         for node in graph.all_nodes():

@@ -11,6 +11,7 @@ import numpy as np
 
 from qsparse_export.bundle import Bundle
 from qsparse_export.inspect.report import Layer, Report, read_graph
+from qsparse_export.runtimes.base import SessionView
 
 if TYPE_CHECKING:
     from qsparse_export.runtimes.base import Session
@@ -94,26 +95,16 @@ def _interface(folder: Path) -> tuple[set[str], set[str]]:
     return {str(value.name) for value in graph.inputs}, {str(value.name) for value in graph.outputs}
 
 
-class _Recorded:
+class _Recorded(SessionView):
     """A session whose last inputs and outputs can be read afterwards."""
 
     def __init__(self, session: Session) -> None:
-        self._session = session
-        self.input_names = session.input_names
-        self.output_names = session.output_names
+        super().__init__(session)
         self.values: dict[str, np.ndarray] = {}
 
-    def run(self, feeds: Mapping[str, Any], outputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def run(self, feeds: Mapping[str, Any], results: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Runs once and keeps what went in and out."""
-        results = self._session.run(feeds, outputs) if outputs is not None else self._session.run(feeds)
+        outputs = super().run(feeds, results)
         self.values = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
-        self.values |= {name: np.asarray(self._session.to_numpy(value)) for name, value in results.items()}
-        return results
-
-    def to_numpy(self, tensor: Any) -> Any:
-        """As the session's."""
-        return self._session.to_numpy(tensor)
-
-    def native_calls(self) -> dict[str, dict[str, int]]:
-        """As the session's."""
-        return self._session.native_calls()
+        self.values |= {name: np.asarray(self.to_numpy(value)) for name, value in outputs.items()}
+        return outputs
