@@ -42,7 +42,8 @@ def is_causal(graph: ir.Graph, mask: ir.Value) -> bool:
         constants,
     )
     opset = onnx.helper.make_opsetid("", graph.opset_imports.get("", 23))
-    seen: Any = ReferenceEvaluator(onnx.helper.make_model(made, opset_imports=[opset])).run(None, feeds)[0]
+    results: Any = ReferenceEvaluator(onnx.helper.make_model(made, opset_imports=[opset])).run(None, feeds)
+    seen = results[0]
     causal = np.arange(PAST + TOKENS) <= np.arange(PAST, PAST + TOKENS)[:, None]
     return bool(seen.shape == (2, 1, TOKENS, PAST + TOKENS) and not (seen & ~causal).any())
 

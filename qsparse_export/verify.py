@@ -18,6 +18,7 @@ import numpy as np
 from qsparse_export.errors import ParityError
 from qsparse_export.generate import DecoderShape, Generator, greedy
 from qsparse_export.rounding import layers_of, nudged, steady_tokens
+from qsparse_export.runtimes.base import SessionView
 
 if TYPE_CHECKING:
     import onnx_ir as ir
