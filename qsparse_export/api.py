@@ -29,7 +29,8 @@ class Options:
     """How to compile. ``weights``: keep (ternary stays ternary, floats become float32 without loss), fp32, fp16, ternary
     (BitNet quantisation of every block linear), int8 or int4 (groups). ``head`` and ``activations``: see
     :func:`qsparse_export.precision.precision`. ``portable`` leaves the kernel library out. ``pipeline`` is a spec string of
-    passes, or an edit of the default one (None: the default). ``with_bench`` adds qsparse-device-bench."""
+    passes, or an edit of the default one (None: the default). ``with_bench`` adds qsparse-device-bench. ``logits``: of a
+    decoder, of all positions or of the last one alone, which makes prompts faster and perplexity impossible."""
 
     target: str = "cpu"
     runtime: str = "ort"
@@ -41,6 +42,7 @@ class Options:
     pipeline: str | None = None
     force: bool = False
     with_bench: bool = False
+    logits: Literal["all", "last"] = "all"
     on_pass: OnPass | None = None
 
 
@@ -61,6 +63,7 @@ def export(
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     with_bench: bool = False,
+    logits: Literal["all", "last"] = "all",
     on_stage: Callable[[str], None] | None = None,
     on_pass: OnPass | None = None,
 ) -> Bundle:
@@ -85,7 +88,7 @@ def export(
     dtype = "float16" if "fp16" in (weights, activations) else "float32"
     native = check_target(device, backend, portable=portable, dtype=dtype, with_bench=with_bench)
     options = Options(
-        target, runtime, weights, head, activations, not native, verify, pipeline, force, with_bench, on_pass
+        target, runtime, weights, head, activations, not native, verify, pipeline, force, with_bench, logits, on_pass
     )
     tell = on_stage or (lambda _stage: None)
     positional = None if isinstance(example_inputs, Mapping) else example_inputs
@@ -165,6 +168,7 @@ def _export_decoder(
     manifest |= {
         "dtype": chosen.dtype,
         "model": config.to_dict(),
+        "logits": "last" if graph.graph.outputs[0].shape[1] == 1 else "all",
         "head": options.head or ("int8" if chosen.formats.head else "keep"),
         "sparsity": sparsity_table(config),
         "quantization": quantization_table(chosen.formats, source) if chosen.is_quantized else None,
@@ -218,6 +222,8 @@ def _export_module(
         )
     if options.head not in (None, "keep") or options.activations not in (None, "fp32"):
         raise UsageError("--head and --activations need a decoder; this module is exported as it is")
+    if options.logits != "all":
+        raise UsageError("--logits last needs a decoder; this module is exported as it is")
     if options.with_bench:
         raise UsageError("--with-bench needs a decoder: qsparse-device-bench generates tokens, which a module does not")
     assert model.program is not None
@@ -242,7 +248,8 @@ def _lower(graph: ir.Model, target: Target, options: Options, *, narrow: bool = 
     from qsparse_export.passes.pipelines import pipeline_for
 
     native_ops = target.native_ops if target.runs_native(options.portable) else frozenset()
-    return lower(graph, options.pipeline, pipeline_for(native_ops, narrow=narrow), options.on_pass)
+    default = pipeline_for(native_ops, narrow=narrow, last_logits=options.logits == "last")
+    return lower(graph, options.pipeline, default, options.on_pass)
 
 
 def _require_dtype(graph: ir.Model, dtype: str, pipeline: str) -> None:
