@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from qsparse_export.weights import WeightSource
 
 
+KEPT_BYTES = 1 << 30
+"""Of dequantised n-bit weights, while PyTorch is compared: a model of 250 million weights then dequantises each once."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How to compile. ``weights``: keep (ternary stays ternary, floats become float32 without loss), fp32, fp16, ternary
@@ -194,16 +198,18 @@ def _verify_decoder(
     import torch
 
     from qsparse_export.nn.deploy import materialize
+    from qsparse_export.ops.kept_matrices import keep_dequantized
     from qsparse_export.quantization_report import logit_distance
     from qsparse_export.verify import Case, prompt_ids, verify_decoder
 
     config, dtype = chosen.config, getattr(torch, chosen.dtype)
     prompt = prompt_ids(config.vocab_size, folder / "tokenizer.json")
     case = Case(materialize(config, source, dtype, chosen.formats), config, chosen.dtype, prompt)
-    parity = verify_decoder(folder, runtime, graph, case, options.verify, native=not options.portable)
+    with keep_dequantized(KEPT_BYTES):
+        parity = verify_decoder(folder, runtime, graph, case, options.verify, native=not options.portable)
+        quantized = case.judge().logits(prompt) if chosen.is_quantized else None
     manifest["parity"] = parity.to_dict()
-    if chosen.is_quantized:
-        quantized = case.judge().logits(prompt)
+    if quantized is not None:
         del case  # one model in memory at a time
         original = Case(materialize(config, weights, dtype), config, chosen.dtype, prompt).judge().logits(prompt)
         manifest["quantization"]["logits"] = logit_distance(quantized, original)
