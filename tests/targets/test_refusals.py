@@ -111,9 +111,24 @@ def test_weights_beyond_the_browsers_limit(tmp_path):
     """An embedding and a head of 1 GiB each, neither of which is ever made."""
     config = dataclasses.replace(TINY, vocab_size=1 << 23)
     model = Model.in_memory("wide", config, RandomWeights(config, 0))
-    with pytest.raises(TargetError, match=r"the weights' file has 2,147,\d{3},\d{3} bytes, and target web loads files of"):
+    with pytest.raises(
+        TargetError, match=r"the weights' file has 2,147,\d{3},\d{3} bytes, and target web loads files of"
+    ):
         qs.export(model, target="web", out=tmp_path / "out", verify="none")
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_ternary_bodies_that_unpack_more_than_memory_holds(board, tmp_path):
+    """Only with kernels does nothing become larger than it is in the file."""
+    config = dataclasses.replace(TINY, architecture="bitnet", quantization="bitnet", intermediate_size=1408)
+    model = Model.in_memory("ternary", config, RandomWeights(config, 0))
+    target = board(triple=f'"{host().triple}"', features="[]", memory_bytes="1_000_000")
+    with pytest.raises(
+        TargetError, match=r"opening the weights, ternary ones unpacked, takes 1,[\d,]+ bytes, and target"
+    ):
+        qs.export(model, target=target, out=tmp_path / "out", verify="none", portable=True)
+    assert not list(tmp_path.glob("*out*"))
+    assert qs.export(model, target=target, out=tmp_path / "out", verify="none").manifest["native"] is True
 
 
 def test_native_ops_that_the_library_lacks(export, board, tmp_path):
