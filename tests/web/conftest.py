@@ -54,7 +54,7 @@ def bundle(bundles: Path, decoder: Callable[[str], Decoder]) -> Callable[[str, s
         folder = bundles / f"{case}-{target}"
         if not folder.exists():
             verify = "quick" if target == "web" else "none"
-            qs.export(decoder(case), target=target, weights=CASES[case][1], verify=verify, out=folder, name=case)
+            qs.export(decoder(case), target=target, verify=verify, out=folder, name=case, **CASES[case][1])
         return Bundle.load(folder)
 
     return make

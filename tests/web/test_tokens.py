@@ -47,7 +47,7 @@ def by_pytorch(decoder):
     """Case to the greedy tokens of PyTorch on its own behind COUNTING, how many are steady, and logits [TOKENS, vocab]."""
 
     def run(name):
-        chosen = precision(decoder(name).config, CASES[name][1])
+        chosen = precision(decoder(name).config, CASES[name][1].get("weights", "keep"))
         module = deploy(decoder(name), chosen.formats)
         module = module.half() if chosen.dtype == "float16" else module
         case = Case(module, chosen.config, chosen.dtype, tuple(COUNTING))

@@ -1,3 +1,7 @@
-"""What is exported for Node and the browser: model of counting_models and ``--weights``."""
+"""What is exported for Node and the browser: model of counting_models, and options."""
 
-CASES = {"bitnet": ("bitnet", "keep"), "int4": ("qsparse", "int4"), "fp16": ("qsparse", "fp16")}
+CASES = {
+    "bitnet": ("bitnet", {}),
+    "int4": ("qsparse", {"weights": "int4", "logits": "last"}),
+    "fp16": ("qsparse", {"weights": "fp16"}),
+}
