@@ -162,7 +162,8 @@ def _export_decoder(
     tell("lower")
     lowered = _lower(graph, target, options, narrow=chosen.dtype == "float16")
     _require_dtype(graph, chosen.dtype, lowered.pipeline)
-    logits = "last" if graph.graph.outputs[0].shape[1] == 1 else "all"
+    shape = graph.graph.outputs[0].shape
+    logits = "last" if shape is not None and shape[1] == 1 else "all"
     if logits != options.logits and options.pipeline is None:
         raise ExportError(f"--logits {options.logits} cannot be had: {explain(graph.graph)}")
     tell("compile")
