@@ -24,9 +24,7 @@ def add_device_files(folder: Path, graph: str, manifest: dict[str, Any]) -> dict
     tokens = min(ACTIVITY_TOKENS, bundle.decoder_shape().max_positions)
 
     def measured(file: Path) -> dict[str, Any]:
-        activity = measure_activity(
-            bundle, file, native=bool(manifest["native"]), tokens=tokens, on_token=lambda: None
-        )
+        activity = measure_activity(bundle, file, native=bool(manifest["native"]), tokens=tokens, on_token=lambda: None)
         return _plain(activity)
 
     return {"sparse": measured(folder / graph), "dense": measured(dense)}
