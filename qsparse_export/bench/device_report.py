@@ -109,7 +109,7 @@ def _activity(entry: Mapping[str, Any]) -> ModeActivity:
 
 def _failure(entry: Mapping[str, Any]) -> Failure:
     threads = None if entry.get("threads") is None else _whole(entry, "threads")
-    return Failure(_mode(entry), threads, _text(entry, "reason"))
+    return Failure(None if entry.get("mode") is None else _mode(entry), threads, _text(entry, "reason"))
 
 
 def _object(value: object, what: str) -> dict[str, Any]:

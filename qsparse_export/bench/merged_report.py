@@ -73,7 +73,7 @@ def html_page(results: Sequence[Result], plots: Mapping[str, str], failures: Seq
     """
     head = "".join(f"<th>{html.escape(title)}</th>" for title in _COLUMNS)
     rows = "\n".join(
-        f'<tr{" class=failed" if number >= len(results) else ""}>'
+        f"<tr{' class=failed' if number >= len(results) else ''}>"
         + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         + "</tr>"
         for number, cells in enumerate(_cells(results, failures))

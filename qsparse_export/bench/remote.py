@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ _SIGNAL = 128
 
 # The program ends when this side goes away: its stdin is then at its end, which the second process waits for.
 _RUN = """
-cd {folder} && chmod 700 ./{program} || exit 1
+cd {folder} || exit 1
 exec 3<&0
 ./{program} {arguments} </dev/null & bench=$!
 {{ cat <&3; kill "$bench"; }} >/dev/null 2>&1 & watch=$!
@@ -55,7 +56,7 @@ class SshDevice:
 
     ``folder``: where the files stay, relative to the login's home, so that the next run copies only what changed; None: a
     temporary folder there. ``onnxruntime``: path of libonnxruntime.so on the device; None: the system's own. ``timeout_s``:
-    for each file that is copied, and for the whole measurement. ``tell`` is told how far the copying is and what must be
+    for copying, and again for measuring. ``tell`` is told how far the copying is and what must be
     known besides.
     """
 
@@ -119,12 +120,19 @@ class SshDevice:
         return _out(self.ssh, script).strip()
 
     def _copy(self, bundle: Bundle, files: tuple[str, ...], folder: str, on_step: Callable[[str], object]) -> None:
+        """All files as one tar stream: a connection for each would take a slow device longer than the files do."""
         there = self._checksums(folder, files) if self.folder is not None else {}
-        for name in files:
-            on_step(f"copy {name}")
-            wanted = bundle.manifest["files"].get(name, {}).get("sha256")
-            if wanted is None or there.get(name) != wanted:
-                self._send(bundle.path / name, f"{folder}/{name}")
+        recorded = bundle.manifest["files"]
+        missing = [name for name in files if name not in recorded or recorded[name]["sha256"] != there.get(name)]
+        script = f"cd -- {shlex.quote(folder)} && tar -xf -"
+        finished = self.ssh.run(
+            script, timeout_s=self.timeout_s, source=_archive(bundle.path, missing, on_step, self.tell)
+        )
+        if finished.code != 0:
+            raise TargetError(
+                f"{self.ssh.destination} could not take the files: {_line(finished.said, 0)}; free some space there, or choose "
+                "another folder with --remote-folder"
+            )
 
     def _checksums(self, folder: str, files: tuple[str, ...]) -> dict[str, str]:
         """File to SHA-256 of what is there already; empty where the device cannot tell."""
@@ -134,29 +142,6 @@ class SshDevice:
         )
         pairs = [line.split(maxsplit=1) for line in finished.out.splitlines()]
         return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
-
-    def _send(self, file: Path, to: str) -> None:
-        partial, whole = shlex.quote(f"{to}.partial"), shlex.quote(to)
-        size = file.stat().st_size
-
-        def chunks() -> Iterator[bytes]:
-            sent, told = 0, -1
-            with file.open("rb") as opened:
-                while chunk := opened.read(_CHUNK_BYTES):
-                    yield chunk
-                    sent += len(chunk)
-                    if (tenths := sent * 10 // size) > told:
-                        told = tenths
-                        self.tell(f"{file.name}: {sent / 1e6:.1f} of {size / 1e6:.1f} MB")
-
-        finished = self.ssh.run(
-            f"cat > {partial} && mv -f -- {partial} {whole}", timeout_s=self.timeout_s, source=chunks()
-        )
-        if finished.code != 0:
-            raise TargetError(
-                f"{self.ssh.destination} could not take {file.name} ({size} bytes): {_last(finished.said)}; free some space "
-                "there, or choose another folder with --remote-folder"
-            )
 
     def _run(self, plan: Plan, folder: str, on_step: Callable[[str], object]) -> Finished:
         def listen(line: str) -> None:
@@ -179,7 +164,7 @@ class SshDevice:
             except MeasurementError as error:
                 raise MeasurementError(f"{where}: {error}") from error
         said = [line for line in finished.said.splitlines() if not _STEP.fullmatch(line)]
-        reason = _last("\n".join(said)).removeprefix(f"{DEVICE_BENCH_NAME}: ")
+        reason = _line("\n".join(said), -1).removeprefix(f"{DEVICE_BENCH_NAME}: ")
         if finished.code in (126, 127):
             raise TargetError(
                 f"{where} cannot start {DEVICE_BENCH_NAME}: {reason}; where programs may not run in the home folder, choose "
@@ -217,13 +202,40 @@ def files_to_copy(bundle: Bundle, plan: Plan) -> tuple[str, ...]:
 def _out(ssh: Ssh, script: str) -> str:
     finished = ssh.run(script, timeout_s=_SHORT_S)
     if finished.code != 0:
-        raise TargetError(f"{ssh.destination} failed at {script!r:.100}: {_last(finished.said)}")
+        raise TargetError(f"{ssh.destination} failed at {script!r:.100}: {_line(finished.said, -1)}")
     return finished.out
 
 
-def _last(said: str) -> str:
+def _archive(
+    folder: Path, names: list[str], on_step: Callable[[str], object], tell: Callable[[str], object]
+) -> Iterator[bytes]:
+    """A tar file of ``names``, bit by bit. BundleError for a file that becomes shorter meanwhile."""
+    for name in names:
+        on_step(f"copy {name}")
+        entry = tarfile.TarInfo(name)
+        found = (folder / name).stat()
+        entry.size, entry.mtime = found.st_size, int(found.st_mtime)
+        entry.mode = 0o700 if name == DEVICE_BENCH_NAME else 0o600
+        yield entry.tobuf(tarfile.GNU_FORMAT)
+        size, sent, told = found.st_size, 0, 0
+        with (folder / name).open("rb") as file:
+            while sent < size:
+                chunk = file.read(min(_CHUNK_BYTES, size - sent))
+                if not chunk:
+                    raise BundleError(f"{folder / name} changed while it was copied; measure again")
+                yield chunk
+                sent += len(chunk)
+                if (percent := sent * 100 // size) > told:
+                    told = percent
+                    tell(f"{sent / 1e6:.1f} of {size / 1e6:.1f} MB")
+        yield bytes(-size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def _line(said: str, position: int) -> str:
+    """One line of what a program said: the first one, or with -1 the last."""
     lines = [line for line in said.splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[position] if lines else "it said nothing"
 
 
 def _list(values: tuple[int, ...]) -> str:

@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     far.add_argument("--unchecked", action="store_true", help="measure a bundle that records no tokens to check")
     far.add_argument(
-        "--timeout", type=float, metavar="S", help="seconds for the measurement, and for each file (default 3600)"
+        "--timeout", type=float, metavar="S", help="seconds for copying, and again for measuring (default 3600)"
     )
 
 
