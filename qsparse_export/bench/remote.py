@@ -31,9 +31,9 @@ _SIGNAL = 128
 
 # The program ends when this side goes away: its stdin is then at its end, which the second process waits for.
 _RUN = """
-cd {folder} || exit 1
+cd "$HOME" || exit 1
 exec 3<&0
-./{program} {arguments} </dev/null & bench=$!
+{program} {arguments} </dev/null & bench=$!
 {{ cat <&3; kill "$bench"; }} >/dev/null 2>&1 & watch=$!
 wait "$bench"; code=$?
 kill "$watch" 2>/dev/null
@@ -55,9 +55,9 @@ class SshDevice:
     """A device behind ssh. See :class:`qsparse_export.bench.device.Device`.
 
     ``folder``: where the files stay, relative to the login's home, so that the next run copies only what changed; None: a
-    temporary folder there. ``onnxruntime``: path of libonnxruntime.so on the device; None: the system's own. ``timeout_s``:
-    for copying, and again for measuring. ``tell`` is told how far the copying is and what must be
-    known besides.
+    temporary folder there. ``onnxruntime``: path of libonnxruntime.so there, from that home on; None: the system's own.
+    ``timeout_s``: for copying, and again for measuring. ``tell`` is told how far the copying is and what must be known
+    besides.
     """
 
     ssh: Ssh
@@ -92,6 +92,8 @@ class SshDevice:
 
     def _require_architecture(self, bundle: Bundle) -> None:
         target = bundle.manifest["target"]
+        if not isinstance(target, dict):
+            raise BundleError(f"{bundle.path / MANIFEST} does not describe a target; export it again")
         if (target.get("arch"), target.get("system")) != (self.machine.arch, self.machine.system):
             raise TargetError(
                 f"{bundle.path} was made for {target.get('name')} ({target.get('arch')} {target.get('system')}), and "
@@ -116,8 +118,8 @@ class SshDevice:
                 self.tell(f"note: {made} could not be removed from {self.ssh.destination}: {error}")
 
     def _said(self, script: str) -> str:
-        """What ``script`` prints; TargetError when it fails."""
-        return _out(self.ssh, script).strip()
+        """The last line that ``script`` prints; TargetError when it fails."""
+        return _line(_out(self.ssh, script), -1)
 
     def _copy(self, bundle: Bundle, files: tuple[str, ...], folder: str, on_step: Callable[[str], object]) -> None:
         """All files as one tar stream: a connection for each would take a slow device longer than the files do."""
@@ -152,15 +154,15 @@ class SshDevice:
         words += ["-t", _list(plan.threads), "--modes", ",".join(plan.modes), "--unchecked" if self.unchecked else ""]
         words += ["--onnxruntime", self.onnxruntime] if self.onnxruntime else []
         arguments = " ".join(shlex.quote(word) for word in (*words, folder) if word)
-        script = _RUN.format(folder=shlex.quote(folder), program=DEVICE_BENCH_NAME, arguments=arguments)
+        script = _RUN.format(program=shlex.quote(f"{folder}/{DEVICE_BENCH_NAME}"), arguments=arguments)
         return self.ssh.run(script, timeout_s=self.timeout_s, on_line=listen)
 
     def _measurement(self, finished: Finished) -> Measurement:
         """The report; TargetError with what the program said when it printed none."""
-        where = self.ssh.destination
-        if finished.out.startswith("{") and finished.code in (0, 1):
+        where, printed = self.ssh.destination, _line(finished.out, -1)
+        if printed.startswith("{") and finished.code in (0, 1):
             try:
-                return measurement_of(finished.out)
+                return measurement_of(printed)
             except MeasurementError as error:
                 raise MeasurementError(f"{where}: {error}") from error
         said = [line for line in finished.said.splitlines() if not _STEP.fullmatch(line)]
@@ -177,7 +179,8 @@ class SshDevice:
 
 def connect(ssh: Ssh) -> Machine:
     """Asks a device what it is. TargetError when it cannot be reached or does not answer as a Unix does."""
-    words = _out(ssh, "uname -m; uname -s; nproc 2>/dev/null || getconf _NPROCESSORS_ONLN").split()
+    # Of what is printed the last words: a login may be greeted.
+    words = _out(ssh, "uname -m; uname -s; nproc 2>/dev/null || getconf _NPROCESSORS_ONLN").split()[-3:]
     if len(words) != 3 or not words[2].isdigit() or int(words[2]) < 1:
         raise TargetError(f"{ssh.destination} does not answer as Linux does: {' '.join(words)!r:.200}")
     return Machine({"arm64": "aarch64"}.get(words[0], words[0]), words[1].lower(), int(words[2]))

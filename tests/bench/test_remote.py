@@ -99,9 +99,19 @@ def test_tables_lines_and_csv(capsys, device, device_bundle):
     assert json.loads(line).keys() == row.keys()
 
 
+def test_a_shell_that_greets_does_not_matter(capsys, device, device_bundle):
+    (device.home / ".bashrc").write_text("echo welcome to this machine\n")
+    try:
+        assert "tg4" in measured(capsys, device, device_bundle, "-p", "0")
+    finally:
+        (device.home / ".bashrc").unlink()
+
+
 def test_threads_are_the_devices_own_unless_given(capsys, device, device_bundle):
-    command = [word for word in words(device, device_bundle, "-p", "0", "-o", "json") if word not in ("-t", "1")]
-    assert main(command) == 0
+    (device.home / "lib").symlink_to(Path(installed_onnxruntime()).parent)
+    relative = f"lib/{Path(installed_onnxruntime()).name}"  # to the login's home
+    command = words(device, device_bundle, "-p", "0", "-o", "json", "--onnxruntime", relative)
+    assert main([word for word in command if word not in ("-t", "1")]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["threads"] == len(os.sched_getaffinity(0))
 
