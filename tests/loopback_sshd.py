@@ -62,8 +62,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def loopback_sshd(folder: Path) -> Iterator[Sshd]:
-    """Runs one with its files in ``folder`` until the block ends; fails, naming the package, where there is none."""
+def loopback_sshd(folder: Path, more: str = "") -> Iterator[Sshd]:
+    """Runs one with its files in ``folder``, and ``more`` lines in its configuration, until the block ends.
+
+    Fails, naming the package, where there is none.
+    """
     sshd, keygen = _tool("sshd", "openssh-server"), _tool("ssh-keygen", "openssh-client")
     _tool("ssh", "openssh-client")
     home = folder / "home"
@@ -76,7 +79,7 @@ def loopback_sshd(folder: Path) -> Iterator[Sshd]:
     port = free_port()
     kind, public = (folder / "host_key.pub").read_text().split()[:2]
     (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {kind} {public}\n")
-    (folder / "config").write_text(_CONFIG.format(port=port, folder=folder, home=home))
+    (folder / "config").write_text(_CONFIG.format(port=port, folder=folder, home=home) + more)
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen([sshd, "-D", "-e", "-f", str(folder / "config")], stderr=log)
         try:

@@ -99,12 +99,11 @@ def test_tables_lines_and_csv(capsys, device, device_bundle):
     assert json.loads(line).keys() == row.keys()
 
 
-def test_a_shell_that_greets_does_not_matter(capsys, device, device_bundle):
-    (device.home / ".bashrc").write_text("echo welcome to this machine\n")
-    try:
+def test_a_login_that_greets_does_not_matter(capsys, device_bundle, tmp_path):
+    greeting = 'ForceCommand echo Welcome to this machine; eval "$SSH_ORIGINAL_COMMAND"\n'
+    with loopback_sshd(tmp_path, greeting) as device:
         assert "tg4" in measured(capsys, device, device_bundle, "-p", "0")
-    finally:
-        (device.home / ".bashrc").unlink()
+        assert left(device) == [] and "Welcome" in Ssh(device.destination, device.options).run("true", timeout_s=60).out
 
 
 def test_threads_are_the_devices_own_unless_given(capsys, device, device_bundle):
