@@ -26,6 +26,7 @@ PASSES: dict[str, str] = {
     "infer-shapes": "clean_infer_shapes:InferShapes",
     "inline-bodies": "lower_inline_bodies:InlineBodies",
     "inline-functions": "clean_inline_functions:InlineFunctions",
+    "last-logits": "lower_last_logits:LastLogits",
     "pack-tied": "pack_tied:PackTied",
     "sort-nodes": "clean_sort_nodes:SortNodes",
 }

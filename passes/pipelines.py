@@ -41,6 +41,10 @@ FUSE_NATIVE = {
 }
 """Passes whose op pays only where its kernel runs (the body takes longer than what it replaces), and that op."""
 
+LAST = (
+    "last-logits",  # after FUSE: the head may have become another op; before the shapes are inferred anew
+)
+
 LOWER = (
     "attach-bodies",  # the portable fallback and the specification of every custom op
     "infer-shapes",  # after the last rewrite, so that every value of the file carries its shape
@@ -50,12 +54,13 @@ LOWER = (
 )
 
 
-def pipeline_for(native_ops: Collection[str], *, narrow: bool = False) -> str:
+def pipeline_for(native_ops: Collection[str], *, narrow: bool = False, last_logits: bool = False) -> str:
     """The spec string for a runtime that has kernels for ``native_ops``; none of them for a portable bundle.
 
-    ``narrow``: float16 instead of float32.
+    ``narrow``: float16 instead of float32. ``last_logits``: logits of the last position alone.
     """
-    return ",".join(CLEAN + (NARROW if narrow else ()) + FUSE + _native(native_ops) + LOWER)
+    last = LAST if last_logits else ()
+    return ",".join(CLEAN + (NARROW if narrow else ()) + FUSE + _native(native_ops) + last + LOWER)
 
 
 def foreign_pipeline_for(native_ops: Collection[str]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qsparse_export.bundle import SCHEMA, Bundle, staged, write_manifest
 from qsparse_export.config import ModelConfig, topk_of
-from qsparse_export.errors import UsageError
+from qsparse_export.errors import ExportError, UsageError
 from qsparse_export.precision import Activations, Head, Precision, Weights, precision
 
 if TYPE_CHECKING:
@@ -24,12 +24,17 @@ if TYPE_CHECKING:
     from qsparse_export.weights import WeightSource
 
 
+KEPT_BYTES = 1 << 30
+"""Of dequantised n-bit weights, while PyTorch is compared: a model of 250 million weights then dequantises each once."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How to compile. ``weights``: keep (ternary stays ternary, floats become float32 without loss), fp32, fp16, ternary
     (BitNet quantisation of every block linear), int8 or int4 (groups). ``head`` and ``activations``: see
     :func:`qsparse_export.precision.precision`. ``portable`` leaves the kernel library out. ``pipeline`` is a spec string of
-    passes, or an edit of the default one (None: the default). ``with_bench`` adds qsparse-device-bench."""
+    passes, or an edit of the default one (None: the default). ``with_bench`` adds qsparse-device-bench. ``logits``: of a
+    decoder, of all positions or of the last one alone, which makes prompts faster and perplexity impossible."""
 
     target: str = "cpu"
     runtime: str = "ort"
@@ -41,6 +46,7 @@ class Options:
     pipeline: str | None = None
     force: bool = False
     with_bench: bool = False
+    logits: Literal["all", "last"] = "all"
     on_pass: OnPass | None = None
 
 
@@ -61,6 +67,7 @@ def export(
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     with_bench: bool = False,
+    logits: Literal["all", "last"] = "all",
     on_stage: Callable[[str], None] | None = None,
     on_pass: OnPass | None = None,
 ) -> Bundle:
@@ -85,7 +92,7 @@ def export(
     dtype = "float16" if "fp16" in (weights, activations) else "float32"
     native = check_target(device, backend, portable=portable, dtype=dtype, with_bench=with_bench)
     options = Options(
-        target, runtime, weights, head, activations, not native, verify, pipeline, force, with_bench, on_pass
+        target, runtime, weights, head, activations, not native, verify, pipeline, force, with_bench, logits, on_pass
     )
     tell = on_stage or (lambda _stage: None)
     positional = None if isinstance(example_inputs, Mapping) else example_inputs
@@ -150,6 +157,7 @@ def _export_decoder(
     from qsparse_export.exporter import decoder_graph
     from qsparse_export.nn.quantized_source import QuantizedSource
     from qsparse_export.ops.cached_attention import SHARED_CACHE
+    from qsparse_export.passes.lower_last_logits import explain
     from qsparse_export.quantization_report import quantization_table
 
     chosen = precision(config, options.weights, options.head, options.activations)
@@ -160,6 +168,10 @@ def _export_decoder(
     tell("lower")
     lowered = _lower(graph, target, options, narrow=chosen.dtype == "float16")
     _require_dtype(graph, chosen.dtype, lowered.pipeline)
+    shape = graph.graph.outputs[0].shape
+    logits = "last" if shape is not None and shape[1] == 1 else "all"
+    if logits != options.logits and options.pipeline is None:
+        raise ExportError(f"--logits {options.logits} cannot be had: {explain(graph.graph)}")
     tell("compile")
     files = compile_graph(graph, target, runtime, folder, native=not options.portable)
     shares_cache = graph.metadata_props.get(SHARED_CACHE) == "true"
@@ -171,6 +183,7 @@ def _export_decoder(
     manifest |= {
         "dtype": chosen.dtype,
         "model": config.to_dict(),
+        "logits": logits,
         "head": options.head or ("int8" if chosen.formats.head else "keep"),
         "sparsity": sparsity_table(config),
         "quantization": quantization_table(chosen.formats, source) if chosen.is_quantized else None,
@@ -200,16 +213,18 @@ def _verify_decoder(
     import torch
 
     from qsparse_export.nn.deploy import materialize
+    from qsparse_export.ops.kept_matrices import keep_dequantized
     from qsparse_export.quantization_report import logit_distance
     from qsparse_export.verify import Case, prompt_ids, verify_decoder
 
     config, dtype = chosen.config, getattr(torch, chosen.dtype)
     prompt = prompt_ids(config.vocab_size, folder / "tokenizer.json")
     case = Case(materialize(config, source, dtype, chosen.formats), config, chosen.dtype, prompt)
-    parity = verify_decoder(folder, runtime, graph, case, options.verify, native=not options.portable)
+    with keep_dequantized(KEPT_BYTES):
+        parity = verify_decoder(folder, runtime, graph, case, options.verify, native=not options.portable)
+        quantized = case.judge().logits(prompt) if chosen.is_quantized else None
     manifest["parity"] = parity.to_dict()
-    if chosen.is_quantized:
-        quantized = case.judge().logits(prompt)
+    if quantized is not None:
         del case  # one model in memory at a time
         original = Case(materialize(config, weights, dtype), config, chosen.dtype, prompt).judge().logits(prompt)
         manifest["quantization"]["logits"] = logit_distance(quantized, original)
@@ -228,6 +243,8 @@ def _export_module(
         )
     if options.head not in (None, "keep") or options.activations not in (None, "fp32"):
         raise UsageError("--head and --activations need a decoder; this module is exported as it is")
+    if options.logits != "all":
+        raise UsageError("--logits last needs a decoder; this module is exported as it is")
     if options.with_bench:
         raise UsageError("--with-bench needs a decoder: qsparse-device-bench generates tokens, which a module does not")
     assert model.program is not None
@@ -252,7 +269,8 @@ def _lower(graph: ir.Model, target: Target, options: Options, *, narrow: bool = 
     from qsparse_export.passes.pipelines import pipeline_for
 
     native_ops = target.native_ops if target.runs_native(options.portable) else frozenset()
-    return lower(graph, options.pipeline, pipeline_for(native_ops, narrow=narrow), options.on_pass)
+    default = pipeline_for(native_ops, narrow=narrow, last_logits=options.logits == "last")
+    return lower(graph, options.pipeline, default, options.on_pass)
 
 
 def _require_dtype(graph: ir.Model, dtype: str, pipeline: str) -> None:

@@ -73,7 +73,7 @@ class Generator:
         self._presents = tuple(name.replace("past_key_values.", "present.") for name in self._pasts)
 
     def steps(self, ids: Sequence[int] | np.ndarray) -> Iterator[tuple[np.ndarray, Callable[[int], None]]]:
-        """Yields float32 logits [S, vocab] (S: prompt, then 1) and a function that takes the next token id.
+        """Yields float32 logits [S, vocab] (S: prompt, then 1; or 1 each time) and a function that takes the next token id.
 
         The caller chooses the token, so that greedy decoding, sampling and verification share one loop; the iteration
         ends when no token was given.
@@ -96,8 +96,12 @@ class Generator:
             feed = np.array(chosen[-1:], np.int64)
 
     def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """float32 logits [S, vocab] of all positions of one sequence."""
+        """float32 logits [S, vocab] of all positions of one sequence; BundleError where the model was exported without."""
         logits, _ = next(self.steps(ids))
+        if len(logits) != len(ids):
+            raise BundleError(
+                "the model gives logits of the last position alone, and all are needed: export it with --logits all"
+            )
         return logits
 
     def generate(

@@ -145,7 +145,8 @@ def verify_decoder(
 class _Trace:
     """A greedy generation of the compiled model: prompt and tokens in one sequence of length S.
 
-    ``logits`` float32 [S, vocab], of every position but the last token's own; ``choices`` the values of each tap and
+    ``logits`` float32 [S, vocab], of every position but the last token's own (or, where the graph leaves them out, but those
+    of the prompt before its last); ``choices`` the values of each tap and
     ``layers`` each decoder layer's output, all steps joined along the sequence; ``steps`` the logits as they came.
     """
 
@@ -198,7 +199,9 @@ def _compare(path: str, case: Case, traced: _Trace, limit: float, steady: int) -
     with guide, _LayerOutputs(case.module) as outputs:
         theirs = case.judge().logits(traced.ids)
     free = case.judge().logits(traced.ids)
-    mine, first = traced.logits, len(case.prompt) - 1
+    mine = traced.logits
+    left_out = len(theirs) - len(mine)  # positions of the prompt, where the graph gives the last one's logits alone
+    theirs, free, first = theirs[left_out:], free[left_out:], len(case.prompt) - 1 - left_out
     same = mine.argmax(axis=-1) == theirs.argmax(axis=-1)
     parity = PathParity(
         path=path,

@@ -104,6 +104,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--inputs", metavar="FILE.npz", help="example inputs by name to verify a model.onnx with (default: made up)"
     )
+    made.add_argument(
+        "--logits",
+        choices=("all", "last"),
+        default="all",
+        help="last: of the prompt's last token alone, which is all that generating needs and makes prompts faster; no "
+        "perplexity then (default: all)",
+    )
     made.add_argument("--trust", action="store_true", help="allow loading a .pt2 file, which executes code from it")
     made.add_argument("--override", action="store_true", help="let --sparse-ratio contradict the checkpoint")
     made.add_argument(
@@ -154,6 +161,7 @@ def _command(argv: Sequence[str]) -> None:
         force=arguments.force,
         example_inputs=read_inputs(arguments.inputs) if arguments.inputs else None,
         with_bench=arguments.with_bench,
+        logits=arguments.logits,
         on_stage=stages,
         on_pass=watch.on_pass(),
     )

@@ -82,7 +82,7 @@ def _values(bundle: Bundle, names: Sequence[str], *, native: bool) -> dict[str, 
         from qsparse_export.verify import prompt_ids
 
         shape = bundle.decoder_shape()
-        Generator(recorded, shape).logits(prompt_ids(shape.vocab_size, bundle.path / "tokenizer.json"))
+        next(Generator(recorded, shape).steps(prompt_ids(shape.vocab_size, bundle.path / "tokenizer.json")))
     else:
         from qsparse_export.example_inputs import example_feeds
 

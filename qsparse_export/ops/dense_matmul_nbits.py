@@ -11,6 +11,7 @@ native kernels do (docs/adr/sixteen-bit-activations.md). A row of x that holds N
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from qsparse_export.errors import UsageError
 from qsparse_export.formats import nbits
 from qsparse_export.ops.base import DOMAIN, VERSION, Op
+from qsparse_export.ops.kept_matrices import dequantized_once
 
 if TYPE_CHECKING:
     import onnx
@@ -95,7 +97,9 @@ def dense_matmul_nbits(
     clean = torch.where(finite, wide, 0)
     y = wide.new_empty(*x.shape[:-1], n)
     for rows in _slices(n):
-        y[..., rows] = clean @ dequantized_rows(w[rows], scales[rows], x.shape[-1], bits, group).t()
+        part, scale = w[rows], scales[rows]
+        weights = dequantized_once(part, partial(dequantized_rows, part, scale, x.shape[-1], bits, group))
+        y[..., rows] = clean @ weights.t()
     return torch.where(finite.all(-1, keepdim=True), y, torch.nan).to(x.dtype)
 
 

@@ -26,6 +26,7 @@ from qsparse_export.errors import UsageError
 from qsparse_export.formats import nbits
 from qsparse_export.ops import topk_sparsify
 from qsparse_export.ops.base import DOMAIN, VERSION, Op
+from qsparse_export.ops.kept_matrices import dequantized_once
 
 if TYPE_CHECKING:
     import onnx
@@ -117,7 +118,8 @@ def matmul_nbits(x: torch.Tensor, w: torch.Tensor, scales: torch.Tensor, n: int,
     _check(x, w, scales, n, bits, group)
     wide = x.to(torch.float32)
     finite = wide.isfinite()
-    y = torch.where(finite, wide, 0) @ dequantized(w, scales, n, bits, group)
+    weights = dequantized_once(w, lambda: dequantized(w, scales, n, bits, group))
+    y = torch.where(finite, wide, 0) @ weights
     return torch.where(finite.all(-1, keepdim=True), y, torch.nan).to(x.dtype)
 
 

@@ -75,7 +75,9 @@ def test_interrupted_in_the_middle_leaves_no_process_and_no_file(bundle, tmp_pat
     os.killpg(process.pid, how)  # as a terminal does: to every process of the command
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and out == b"" and b"Traceback" not in errors
-    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
+    while (left := [pid for pid in started if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+        time.sleep(0.05)  # until their parent's parent has noticed
+    assert not left
     assert list(tmp_path.glob("qsparse-bench-*")) == []
 
 
