@@ -153,6 +153,7 @@ def _measure(arguments: argparse.Namespace, bundle: Bundle, plan: Plan, bar: tqd
         device = bench_remote.connected(arguments, tell)
         plan = replace(plan, threads=tuple(arguments.threads or [device.cores()]))
         where = f" on {arguments.remote}"
+    bar.clear()
     say(f"measuring {bundle.path}{where}: {', '.join(plan.modes)}")
     bar.reset(device.steps(bundle, plan))
     return device.measure(bundle, plan, step)
