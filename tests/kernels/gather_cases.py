@@ -39,7 +39,7 @@ class Gather:
     scales: np.ndarray
     bits: int
     group: int
-    workers: int = 1
+    workers: int = 2
 
     def call(self) -> Call:
         n, k = self.codes.shape
