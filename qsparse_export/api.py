@@ -147,7 +147,13 @@ def _export_decoder(
 ) -> dict[str, Any]:
     import torch
 
-    from qsparse_export.compile import add_decoder_files, add_device_bench, compile_graph, verification_record
+    from qsparse_export.compile import (
+        add_decoder_files,
+        add_device_bench,
+        compile_graph,
+        graph_name,
+        verification_record,
+    )
     from qsparse_export.exporter import decoder_graph
     from qsparse_export.nn.quantized_source import QuantizedSource
     from qsparse_export.ops.cached_attention import SHARED_CACHE
@@ -182,6 +188,10 @@ def _export_decoder(
         "sparsity": sparsity_table(config),
         "quantization": quantization_table(chosen.formats, source) if chosen.is_quantized else None,
     }
+    if options.with_bench:
+        from qsparse_export.bench.device_files import add_device_files
+
+        manifest["bench"] = add_device_files(folder, graph_name(files), manifest)
     if options.verify != "none":
         tell("verify")
         _verify_decoder(model.weights, source, chosen, graph, runtime, options, folder, manifest)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from process_tree import children
 
 import qsparse_export as qs
 from qsparse_export.config import ModelConfig, SparsityRule, TopK
@@ -59,19 +60,6 @@ def test_exit_codes(bundle, tmp_path):
         result = bench(*arguments)
         assert result.returncode == code and result.stdout == "", result.stderr
         assert words in " ".join(result.stderr.split()) and "Traceback" not in result.stderr
-
-
-def children(process_id):
-    """Ids of the processes that ``process_id`` started and that still run."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            after_name = status.read_text("utf-8", errors="replace").rpartition(")")[2].split()
-        except OSError:
-            continue  # it has ended meanwhile
-        if after_name[0] != "Z" and int(after_name[1]) == process_id:
-            found.append(int(status.parent.name))
-    return found
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
