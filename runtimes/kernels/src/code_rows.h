@@ -63,18 +63,25 @@ void add_planes(W half, D values, I8* sums) {
 
 // The rows of a call, all of one group of scales, in fixed point.
 struct CodeRows {
+  explicit CodeRows(const FloatRows& given) : rows(given), unit{}, sum(0) {}
   const FloatRows& rows;
   Unit unit;
   int32_t sum;
-  int16_t values[kCodeRows + 1];  // and a 0
+  int16_t values[kCodeRows + 1];  // and a 0; set_up writes what is read
 };
 
 inline void set_up(CodeRows& codes) {
   const FloatRows& rows = codes.rows;
-  float largest = 0.0f;
-  for (int64_t i = 0; i < rows.count; ++i) largest = larger_magnitude(largest, rows.value[i]);
+  int32_t bits = 0;  // of the largest magnitude: those of finite floats compare like integers, several at a time
+  for (int64_t i = 0; i < rows.count; ++i) {
+    int32_t value;
+    memcpy(&value, rows.value + i, sizeof value);
+    value &= 0x7fffffff;
+    bits = value > bits ? value : bits;
+  }
+  float largest;
+  memcpy(&largest, &bits, sizeof largest);
   codes.unit = unit_of(largest);
-  codes.sum = 0;
   for (int64_t i = 0; i < rows.count; ++i) {
     codes.values[i] = fixed_of(rows.value[i], codes.unit);
     codes.sum += codes.values[i];
@@ -141,7 +148,7 @@ void add_pass(const CodeRows& codes, int64_t begin, float* sums) {
 
 template <int Bits>
 void add_codes(const FloatRows& rows, float* sums) {
-  CodeRows codes = {rows, {}, 0, {}};
+  CodeRows codes(rows);
   set_up(codes);
   for (int64_t begin = 0; begin < rows.count; begin += kFloatRows) {
     switch ((rows.count - begin + 1) / 2) {

@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kBatchRows = 8;              // rows whose sums stay in the cache together
 constexpr int64_t kBatchBytes = 128 << 10;     // of weights that a batch takes at a time
-constexpr int64_t kPartBytes = 128 << 10;      // of weights: below that a second thread costs more than it brings
+constexpr int64_t kPartBytes = 64 << 10;       // of weights: below that a second thread costs more than it brings
 constexpr int64_t kMostParts = 8;              // each costs a row of sums
 constexpr int64_t kMostBatchParts = 4;         // each costs kBatchRows of them
 constexpr int64_t kSlack = 8;                  // elements that vector stores may write past a list's end
