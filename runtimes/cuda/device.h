@@ -56,6 +56,12 @@ void launch(void (*kernel)(Parameters...), dim3 grid, void* stream, Arguments...
   kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
 }
 inline bool launch_failed() { return cudaGetLastError() != cudaSuccess; }
+// Of the current device; 0 where there is none.
+inline int64_t count_multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 0;
+}
 
 #else
 
@@ -67,6 +73,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, void*, Arguments... argume
   emulated::run_grid(grid, kThreads, [=] { kernel(arguments...); });
 }
 inline bool launch_failed() { return emulated::has_failed(); }
+inline int64_t count_multiprocessors() { return emulated::kMultiprocessors; }
 
 #endif
 

@@ -28,6 +28,9 @@ typedef struct qsk_cuda_queue {
   int64_t multiprocessors;
 } qsk_cuda_queue;
 
+// The multiprocessors of the calling thread's current device; 0 where there is no device.
+QSK_API int64_t qsk_cuda_multiprocessors(void);
+
 // Scratch is device memory, aligned to 64, that no other stream uses until the enqueued kernels are done.
 QSK_API int64_t qsk_cuda_topk_sparsify_scratch_bytes(const qsk_topk_sparsify_args* args, const qsk_cuda_queue* queue);
 QSK_API int qsk_cuda_topk_sparsify(const qsk_topk_sparsify_args* args, const qsk_cuda_queue* queue, void* scratch,

@@ -14,6 +14,8 @@ import pytest
 from kernel_call import Call, Case
 from kernel_runs import tool
 
+from qsparse_export.runtimes.ort.library import library_path
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 KERNELS = ROOT / "runtimes" / "cuda"
@@ -24,23 +26,44 @@ WORD = 4
 
 
 def build_emulated() -> Path:
-    """The library of all kernels and of the test's own broken ones, rebuilt when a source is newer."""
-    kernels = sorted([*KERNELS.glob("*.cu"), HERE / "broken_kernels.cu"])
-    plain = [HERE / "emulation.cc", KERNELS / "steps.cc"]
-    headers = [header for folder in (HERE, KERNELS, INCLUDES[1] / "qsk") for header in folder.glob("*.h")]
-    library = ROOT / "build" / "tests" / "cuda" / "libemulated.so"
-    library.parent.mkdir(parents=True, exist_ok=True)
+    """The library of all kernels and of the test's own broken ones."""
+    sources = [HERE / "emulation.cc", KERNELS / "steps.cc", HERE / "broken_kernels.cu", *sorted(KERNELS.glob("*.cu"))]
     # No fused multiply-adds: the integer parts are exact, and what the kernels round is written out. Signed overflow,
     # misaligned access and the like end the process.
-    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror", "-fPIC"]
-    flags += ["-Wno-unknown-pragmas", "-shared", "-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
-    flags += [f"-I{folder}" for folder in (HERE, *INCLUDES)]
-    command = [tool("g++", "g++ (apt-get install g++)"), *flags, "-o", str(library), *map(str, plain), "-x", "c++"]
-    with (library.parent / "lock").open("w") as lock:
+    flags = ["-O2", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    return build_library("libemulated.so", sources, [*flags, "-fsanitize=undefined", "-fno-sanitize-recover=undefined"])
+
+
+def build_emulated_ort(with_cpu_ops: bool) -> Path:
+    """libqsparse_ort_cuda with the emulated kernels: its CUDA ops alone, given to the CPU provider, or as they are, with
+    some of the CPU's.
+    """
+    native, headers = library_path(), library_path().parent / "source" / "include" / "onnxruntime"
+    folder = ROOT / "runtimes" / "ort"
+    shared = ["api", "calls", "op_kernel", "custom_ops"] + (["topk_ops", "ternary_ops"] if with_cpu_ops else [])
+    sources = [KERNELS / "ort_ops.cc", HERE / "no_cpu_ops.cc", *(folder / f"{name}.cc" for name in shared)]
+    flags = ["-O0", "-DQSPARSE_WITH_CUDA", f"-I{folder}", f"-isystem{headers}"]
+    for library in (native, build_emulated()):  # the CPU kernels and the emulated ones
+        flags += [f"-L{library.parent}", f"-Wl,-rpath,{library.parent}", f"-l:{library.name}"]
+    if with_cpu_ops:
+        return build_library("libemulated_ort.so", sources, flags)
+    return build_library("libemulated_ort_on_cpu.so", sources, [*flags, "-DQSPARSE_CUDA_PROVIDER=nullptr"])
+
+
+def build_library(name: str, sources: list[Path], more_flags: list[str]) -> Path:
+    """Compiled from ``sources``, as C++ whatever their names; again when a source or header is newer."""
+    folders = (HERE, KERNELS, INCLUDES[1] / "qsk", ROOT / "runtimes" / "ort")
+    headers = [header for folder in folders for header in folder.glob("*.h")]
+    library = ROOT / "build" / "tests" / "cuda" / name
+    library.parent.mkdir(parents=True, exist_ok=True)
+    flags = ["-std=c++17", "-fPIC", "-shared", *(f"-I{folder}" for folder in (HERE, *INCLUDES))]
+    compiler = tool("g++", "g++ (apt-get install g++)")
+    command = [compiler, *flags, "-o", str(library), "-x", "c++", *map(str, sources), "-x", "none", *more_flags]
+    with (library.parent / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        newest = max(path.stat().st_mtime for path in (*kernels, *plain, *headers, Path(__file__)))
+        newest = max(path.stat().st_mtime for path in (*sources, *headers, Path(__file__)))
         if not library.exists() or library.stat().st_mtime < newest:
-            done = subprocess.run([*command, *map(str, kernels)], capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 pytest.fail(f"{' '.join(command)}\n{done.stderr[-4000:]}", pytrace=False)
     return library

@@ -127,16 +127,34 @@ void poison_shared() {
   for (const Shared& object : shared_objects) memset(object.storage, 0xA5, object.bytes);
 }
 
-std::vector<int> turns(size_t threads) {
-  std::vector<int> order(threads);
+// The numbers 0..count-1 in the order that was asked for.
+std::vector<int> turns(int count) {
+  std::vector<int> order(count);
   std::iota(order.begin(), order.end(), 0);
   if (order_seed == 1) std::reverse(order.begin(), order.end());
   if (order_seed > 1) std::shuffle(order.begin(), order.end(), std::minstd_rand(order_seed));
   return order;
 }
 
-void run_block(const std::vector<int>& order) {
-  const int threads = static_cast<int>(order.size());
+// Lets the lanes of a warp take turns until all of them have ended or wait for other warps. Whether any could go on.
+bool run_ahead(int warp, const std::vector<int>& lanes, int* done) {
+  bool has_moved = false;
+  for (bool moves = true; moves && failure.empty();) {
+    moves = false;
+    for (int lane : lanes) {
+      Fiber& fiber = fibers[warp * kWarp + lane];
+      if (fiber.is_done || is_waiting(fiber)) continue;
+      resume(fiber);
+      moves = has_moved = true;
+      *done += fiber.is_done;
+      if (!failure.empty()) break;
+    }
+  }
+  return has_moved;
+}
+
+// Each warp runs as far ahead of the others as barriers let it.
+void run_block(int threads, const std::vector<int>& warp_order, const std::vector<int>& lane_order) {
   poison_shared();
   block_barrier = {};
   block_barrier.expected = threads;
@@ -150,22 +168,18 @@ void run_block(const std::vector<int>& order) {
     fibers[i].exchanges = 0;
   }
   int done = 0;
-  while (done < threads && failure.empty()) {
+  while (done < threads) {
     bool has_moved = false;
-    for (int i : order) {
-      if (fibers[i].is_done || is_waiting(fibers[i])) continue;
-      resume(fibers[i]);
-      has_moved = true;
-      done += fibers[i].is_done;
+    for (int warp : warp_order) {
+      has_moved |= run_ahead(warp, lane_order, &done);
       if (!failure.empty()) return;
     }
     if (has_moved) continue;
-    for (const Fiber& fiber : fibers) {
-      if (fiber.is_done || fiber.awaited == nullptr) continue;
-      fail("thread " + std::to_string(fiber.index.x) + " waits in " + fiber.awaited->what + " for others that " +
-           (done > 0 ? "have ended or " : "") + "wait elsewhere");
-      return;
-    }
+    const auto waits = [](const Fiber& fiber) { return !fiber.is_done && fiber.awaited != nullptr; };
+    const Fiber& stuck = *std::find_if(fibers.begin(), fibers.end(), waits);
+    fail("thread " + std::to_string(stuck.index.x) + " waits in " + stuck.awaited->what + " for others that " +
+         (done > 0 ? "have ended or " : "") + "wait elsewhere");
+    return;
   }
 }
 
@@ -185,11 +199,11 @@ void run_grid(dim3 grid_dim, int threads, const std::function<void()>& kernel) {
   body = &kernel;
   fibers.resize(std::max<size_t>(fibers.size(), threads));
   warps.resize(threads / kWarp);
-  const std::vector<int> order = turns(threads);
+  const std::vector<int> warp_order = turns(threads / kWarp), lane_order = turns(kWarp);
   for (block.z = 0; block.z < grid.z; ++block.z) {
     for (block.y = 0; block.y < grid.y; ++block.y) {
       for (block.x = 0; block.x < grid.x; ++block.x) {
-        run_block(order);
+        run_block(threads, warp_order, lane_order);
         if (failure.empty()) continue;
         for (Fiber& fiber : fibers) {  // wherever they are, they begin anew
           fiber.has_started = false;

@@ -3,8 +3,9 @@
 //
 // It is stricter than a GPU. A failure, to be asked for after a call, is: a barrier that not all threads of a block
 // reach; a warp's exchange that not all of its lanes reach, or in which they do different things; shared memory beyond
-// 48 KiB; a grid beyond CUDA's limits. Shared memory holds garbage when a block begins, and the order in which threads
-// run can be changed: what a missing barrier leaves to chance shows as different results.
+// 48 KiB; a grid beyond CUDA's limits. Shared memory holds garbage when a block begins, each warp
+// runs as far ahead as barriers let it, and which one runs first can be changed: a missing barrier shows as different
+// results.
 #ifndef QSK_TESTS_CUDA_EMULATION_H_
 #define QSK_TESTS_CUDA_EMULATION_H_
 
@@ -32,6 +33,7 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 namespace emulated {
 
 constexpr int kWarp = 32;
+constexpr int kMultiprocessors = 4;
 
 // Runs the kernel, unless something has failed before; has_failed() tells how it went.
 void run_grid(dim3 grid, int threads, const std::function<void()>& kernel);
