@@ -10,12 +10,16 @@ TORCH   ?= torch==2.13.0
 PIP     := $(VENV)/bin/python -m pip --disable-pip-version-check
 INDEX   := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
+# npm writes this file last. Without npm the tests in tests/web fail, and say what to install.
+NODE_PACKAGES := $(if $(shell command -v npm 2>/dev/null), \
+  $(addsuffix /node_modules/.package-lock.json,samples/04_web tests/web))
+
 .PHONY: demo test lint format install clean
 
 demo: $(VENV)/.installed
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash samples/01_smollm2/run.sh
 
-test: $(VENV)/.tested
+test: $(VENV)/.tested $(NODE_PACKAGES)
 	$(VENV)/bin/pytest
 
 lint: $(VENV)/.tested
@@ -49,5 +53,8 @@ $(VENV)/.tested: $(SOURCES) $(VENV)/.torch
 	$(PIP) install '.[dev,hf,genai,bench]'
 	touch $@ $(VENV)/.installed
 
+%/node_modules/.package-lock.json: %/package-lock.json
+	npm ci --loglevel=error --no-audit --no-fund --prefix $*
+
 clean:
-	rm -rf $(VENV) build out .cache
+	rm -rf $(VENV) build out .cache samples/04_web/node_modules tests/web/node_modules

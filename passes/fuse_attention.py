@@ -153,13 +153,13 @@ def _common_split(rotary_query: ir.Node, rotary_key: ir.Node, attention: ir.Node
 def _rewrite(graph: ir.Graph, match: AttentionMatch) -> None:
     attention = match.attention
     scope = attention.metadata_props.get(SCOPE)
-    metadata = {SCOPE: scope} if scope else None
+    metadata = {SCOPE: scope} if scope else {}
     made = []
     if match.split is not None:
         qkv = match.split.inputs[0]
     else:
         parts = [match.rotary_query.inputs[0], match.rotary_key.inputs[0], attention.inputs[2]]
-        made.append(ir.node("Concat", parts, attributes={"axis": -1}, metadata_props=metadata))
+        made.append(ir.node("Concat", parts, attributes={"axis": -1}, metadata_props=dict(metadata)))
         qkv = made[0].outputs[0]
         first = parts[0]
         assert first is not None and first.shape is not None
@@ -172,7 +172,7 @@ def _rewrite(graph: ir.Graph, match: AttentionMatch) -> None:
             attributes={"heads": match.heads, "kv_heads": match.kv_heads},
             domain=DOMAIN,
             num_outputs=3,
-            metadata_props=metadata,
+            metadata_props=dict(metadata),
         )
     )
     graph.insert_before(attention, made)

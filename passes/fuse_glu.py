@@ -137,19 +137,19 @@ def _rewrite(graph: ir.Graph, match: _Match) -> None:
     product, split = match.nodes[0], match.nodes[-1]
     result = product.outputs[0]
     scope = product.metadata_props.get(SCOPE)
-    metadata = {SCOPE: scope} if scope else None
+    metadata = {SCOPE: scope} if scope else {}
     fused = ir.node(
         "GatedActivation",
         [split.inputs[0]],
         attributes={"activation": match.activation},
         domain=DOMAIN,
-        metadata_props=metadata,
+        metadata_props=dict(metadata),
     )
     made = [fused]
     if result.dtype == ir.DataType.FLOAT16:
         wide = fused.outputs[0]
         wide.name, wide.type, wide.shape = f"{result.name}.wide", ir.TensorType(ir.DataType.FLOAT), result.shape
-        made.append(ir.node("Cast", [wide], attributes={"to": int(ir.DataType.FLOAT16)}, metadata_props=metadata))
+        made.append(ir.node("Cast", [wide], attributes={"to": int(ir.DataType.FLOAT16)}, metadata_props=dict(metadata)))
     graph.insert_before(product, made)
     replaced(result, made[-1].outputs[0])
     sizes = split.inputs[1:]

@@ -8,7 +8,6 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qsparse_export.errors import ExportError
 from qsparse_export.passes.annotate_scope import SCOPE
 from qsparse_export.passes.base import Pass, PassResult
 
@@ -32,19 +31,16 @@ class LastLogits(Pass):
         logits = MatMul(last, head)                   # [batch, 1, vocab]
 
     A prompt of S tokens costs S - 1 products with the head less. Perplexity needs all positions, and is refused then.
-    ExportError for a graph without ``logits`` [batch, sequence, vocab] made by such a product.
+    :func:`explain` says why a graph stays as it is.
     """
 
     name: ClassVar[str] = "last-logits"
 
     def call(self, model: ir.Model) -> PassResult:
         """See :class:`Pass`."""
-        logits = next((value for value in model.graph.outputs if value.name == "logits"), None)
-        if logits is None or logits.shape is None or len(logits.shape) != 3:
-            raise ExportError("last-logits: the graph has no output logits [batch, sequence, vocab]")
-        if logits.shape[1] == 1:
+        path = _path_to_product(model.graph)
+        if isinstance(path, str):
             return PassResult(model, False)
-        path = _path_to_product(logits)
         product = path[-1]
         hidden = product.inputs[0]
         assert hidden is not None
@@ -57,8 +53,19 @@ class LastLogits(Pass):
         return PassResult(model, True)
 
 
-def _path_to_product(logits: ir.Value) -> list[ir.Node]:
-    """The nodes from the one that makes ``logits`` back to the product, which nothing else reads."""
+def explain(graph: ir.Graph) -> str:
+    """Why the logits of ``graph`` are left as they are, or "" where they are not."""
+    path = _path_to_product(graph)
+    return path if isinstance(path, str) else ""
+
+
+def _path_to_product(graph: ir.Graph) -> list[ir.Node] | str:
+    """The nodes from the one that makes ``logits`` back to the product, which nothing else reads; or why there are none."""
+    logits = next((value for value in graph.outputs if value.name == "logits"), None)
+    if logits is None or logits.shape is None or len(logits.shape) != 3:
+        return "the graph has no output logits [batch, sequence, vocab]"
+    if logits.shape[1] == 1:
+        return "the logits are of one position already"
     path: list[ir.Node] = []
     value: ir.Value | None = logits
     while value is not None and (node := value.producer()) is not None:
@@ -72,9 +79,9 @@ def _path_to_product(logits: ir.Value) -> list[ir.Node]:
             break
         value = node.inputs[0]
     found = logits.producer()
-    raise ExportError(
-        f"last-logits: logits come from {found.op_type if found else 'an input'}; expected a product with the head, alone "
-        "or with a bias or a scale behind it"
+    return (
+        f"logits come from {found.op_type if found else 'an input'}; expected a product with the head, alone or with a bias "
+        "or a scale behind it"
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qsparse_export.bundle import SCHEMA, Bundle, staged, write_manifest
 from qsparse_export.config import ModelConfig, topk_of
-from qsparse_export.errors import UsageError
+from qsparse_export.errors import ExportError, UsageError
 from qsparse_export.precision import Activations, Head, Precision, Weights, precision
 
 if TYPE_CHECKING:
@@ -147,10 +147,17 @@ def _export_decoder(
 ) -> dict[str, Any]:
     import torch
 
-    from qsparse_export.compile import add_decoder_files, add_device_bench, compile_graph, verification_record
+    from qsparse_export.compile import (
+        add_decoder_files,
+        add_device_bench,
+        compile_graph,
+        graph_name,
+        verification_record,
+    )
     from qsparse_export.exporter import decoder_graph
     from qsparse_export.nn.quantized_source import QuantizedSource
     from qsparse_export.ops.cached_attention import SHARED_CACHE
+    from qsparse_export.passes.lower_last_logits import explain
     from qsparse_export.quantization_report import quantization_table
 
     chosen = precision(config, options.weights, options.head, options.activations)
@@ -161,6 +168,10 @@ def _export_decoder(
     tell("lower")
     lowered = _lower(graph, target, options, narrow=chosen.dtype == "float16")
     _require_dtype(graph, chosen.dtype, lowered.pipeline)
+    shape = graph.graph.outputs[0].shape
+    logits = "last" if shape is not None and shape[1] == 1 else "all"
+    if logits != options.logits and options.pipeline is None:
+        raise ExportError(f"--logits {options.logits} cannot be had: {explain(graph.graph)}")
     tell("compile")
     files = compile_graph(graph, target, runtime, folder, native=not options.portable)
     shares_cache = graph.metadata_props.get(SHARED_CACHE) == "true"
@@ -172,11 +183,15 @@ def _export_decoder(
     manifest |= {
         "dtype": chosen.dtype,
         "model": config.to_dict(),
-        "logits": "last" if graph.graph.outputs[0].shape[1] == 1 else "all",
+        "logits": logits,
         "head": options.head or ("int8" if chosen.formats.head else "keep"),
         "sparsity": sparsity_table(config),
         "quantization": quantization_table(chosen.formats, source) if chosen.is_quantized else None,
     }
+    if options.with_bench:
+        from qsparse_export.bench.device_files import add_device_files
+
+        manifest["bench"] = add_device_files(folder, graph_name(files), manifest)
     if options.verify != "none":
         tell("verify")
         _verify_decoder(model.weights, source, chosen, graph, runtime, options, folder, manifest)

@@ -49,6 +49,11 @@ def compile_graph(graph: ir.Model, target: Target, runtime: Runtime, folder: Pat
     return files
 
 
+def graph_name(files: tuple[str, ...]) -> str:
+    """Which of the compiled ``files`` is the graph."""
+    return next(name for name in files if name.endswith(".onnx"))
+
+
 def add_device_bench(folder: Path, target: Target) -> str:
     """Puts qsparse-device-bench for ``target`` into ``folder``; returns its name. TargetError where there is none."""
     from qsparse_export.runtimes.ort import bundled
@@ -103,7 +108,7 @@ def add_decoder_files(
     """
     from qsparse_export.runtimes.ort.genai import genai_config
 
-    graph = next(name for name in files if name.endswith(".onnx"))
+    graph = graph_name(files)
     library = next((name for name in files if name.endswith((".so", ".dylib", ".dll"))), None)
     plain = genai_config(config.to_dict(), graph, library, shares_cache=shares_cache)
     (folder / "genai_config.json").write_text(json.dumps(plain, indent=2) + "\n", "utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,15 +43,19 @@ def nudged(case: Case, logits: Callable[[], np.ndarray]) -> Iterator[np.ndarray]
 
 
 def steady_tokens(case: Case, ids: tuple[int, ...], tokens: tuple[int, ...]) -> int:
-    """How many of the first greedy ``tokens`` PyTorch chooses in every nudged run too.
+    """How many of the first greedy ``tokens`` PyTorch chooses too, by itself and in every nudged run.
 
     ``ids`` are the prompt and all tokens but the last. Choices (top-k masks, int8 roundings) flip as rounding makes them,
     as they would on another processor; another correct runtime should give these tokens again.
     """
     first = len(case.prompt) - 1
     steady = np.ones(len(tokens), bool)
-    for logits in nudged(case, lambda: case.judge().logits(ids)):
-        steady &= logits[first:].argmax(axis=-1) == np.array(tokens)
+
+    def logits() -> np.ndarray:
+        return case.judge().logits(ids)
+
+    for seen in chain([logits()], nudged(case, logits)):
+        steady &= seen[first:].argmax(axis=-1) == np.array(tokens)
     return len(tokens) if steady.all() else int(np.argmin(steady))
 
 

@@ -17,6 +17,7 @@ ANY = "any"
 LIBRARY = ("built", "impossible", "missing")
 DTYPES = ("float32", "float16")
 _OP_SETS = "native_op_sets.toml"
+_ADVICE = "choose smaller weights (--weights), a smaller model, or a target with more"
 
 
 @dataclass(frozen=True)
@@ -91,17 +92,19 @@ class Target:
 
     def require_room(self, files: dict[str, int]) -> None:
         """Raises TargetError when files (name to bytes) exceed what this target can load or hold in memory."""
-        advice = "choose smaller weights (--weights), a smaller model, or a target with more"
         for name, size in files.items():
             if self.largest_file_bytes and size > self.largest_file_bytes:
                 raise TargetError(
                     f"{name} has {size:,} bytes, and target {self.name} loads files of at most "
-                    f"{self.largest_file_bytes:,}; {advice}"
+                    f"{self.largest_file_bytes:,}; {_ADVICE}"
                 )
-        total = sum(files.values())
-        if self.memory_bytes and total > self.memory_bytes:
+        self.require_memory("the bundle has", sum(files.values()))
+
+    def require_memory(self, what: str, size: int) -> None:
+        """Raises TargetError when ``size`` bytes exceed this target's memory; ``what`` begins the message."""
+        if self.memory_bytes and size > self.memory_bytes:
             raise TargetError(
-                f"the bundle has {total:,} bytes, and target {self.name} has a memory of {self.memory_bytes:,}; {advice}"
+                f"{what} {size:,} bytes, and target {self.name} has a memory of {self.memory_bytes:,}; {_ADVICE}"
             )
 
     def _kernels_for(self) -> str:

@@ -47,7 +47,7 @@ def test_sparsity_is_laid_over(tmp_path):
         ((60).to_bytes(8, "little") + b'{"x":{}}', "single safetensors file"),
         (b"PK\x05\x06" + b"\0" * 18, "without a PyTorch model"),
         (b"PK\x03\x04" + b"\0" * 100, "truncated"),
-        (b"\x08\x0a\x12\x07pytorch", "no known format"),
+        (b"\x08\x0a\x12\x07pytorch", "ONNX file without a graph"),
         (b"{}", "no known format"),
     ],
 )
@@ -99,7 +99,7 @@ def test_models_in_memory_have_a_reproducible_hash():
 
 
 def test_the_formats_have_one_line_each():
-    assert set(FORMATS) == {"qsparse-pt", "transformers", "gguf", "pt2", "shape"}
+    assert set(FORMATS) == {"qsparse-pt", "transformers", "gguf", "onnx", "pt2", "shape"}
 
 
 MEASURE = """

@@ -11,6 +11,9 @@ from qsparse_export.ops.base import DOMAIN
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+DENSE_GRAPH = "dense.onnx"
+"""What the file is called in a bundle that was exported to be measured; its weights are those of the bundle's graph."""
+
 
 def write_dense_graph(graph: Path, dense: Path) -> None:
     """Writes to ``dense`` the graph of the file ``graph`` with every mask open, its weights left where they are."""

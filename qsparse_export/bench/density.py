@@ -26,7 +26,7 @@ class Activity:
     ``density``: linear of a block to the share of its input channels that are active (None: no token reached it);
     ``mean_density``: the same of all of them, weighted by the bytes of their weights. ``bytes_per_token``: bytes of weights
     that one decode step reads, the embedding counted as one row; as far as the kernels of ``skipping_ops`` run and not their
-    bodies. ``ops``: all ops of ours in the graph.
+    bodies. ``ops``: all ops of ours in the graph. ``greedy_ids``: the tokens.
     """
 
     density: dict[str, float | None]
@@ -35,6 +35,7 @@ class Activity:
     tokens: int
     skipping_ops: frozenset[str]
     ops: frozenset[str]
+    greedy_ids: tuple[int, ...] = ()
 
 
 def measure_activity(
@@ -57,10 +58,12 @@ def measure_activity(
     counter = _Counter(session, reads)
     linears = _block_linears(bundle)
     steps = Generator(counter, bundle.decoder_shape()).steps([first_token(bundle.manifest["model"])])
-    for step, (logits, choose) in enumerate(steps, 1):
+    chosen: list[int] = []
+    for logits, choose in steps:
         on_token()
-        if step < tokens:
-            choose(greedy(logits[-1]))
+        chosen.append(greedy(logits[-1]))
+        if len(chosen) < tokens:
+            choose(chosen[-1])
     return Activity(
         density=counter.density(linears),
         mean_density=counter.mean_density(linears),
@@ -68,6 +71,7 @@ def measure_activity(
         tokens=tokens,
         skipping_ops=frozenset(product.op for product in reads.products if product.skips),
         ops=frozenset(node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN),
+        greedy_ids=tuple(chosen),
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,9 @@ from qsparse_export.runtimes.base import NativeCalls
 Mode = Literal["native", "bodies", "dense"]
 MODES: tuple[Mode, ...] = ("native", "bodies", "dense")
 """The kernels; the function bodies; the same weights with every mask open, run as the bundle is run."""
+
+MEASURED_HERE = "measured in this run"
+"""The source of an activity that the machine that was timed found itself."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class ModeActivity:
     ``bytes_per_token`` counts active channels only where a kernel skips the others, and is None where the bodies of such
     kernels ran: what those read is up to the runtime, which rewrites them. ``density``: linear to the share of its input
     channels that are active; ``mean_density``: the same for all of them, weighted by their bytes. ``not_native``: ops of
-    the graph that ran as function bodies although kernels were asked for.
+    the graph that ran as function bodies although kernels were asked for. ``source`` says where the figures come from.
     """
 
     mode: Mode
@@ -85,11 +88,28 @@ class ModeActivity:
     mean_density: float | None
     density: dict[str, float | None]
     not_native: tuple[str, ...] = ()
+    source: str = MEASURED_HERE
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What could not be measured, and why; None: every mode, or every number of threads."""
+
+    mode: Mode | None
+    threads: int | None
+    reason: str
+
+    def __str__(self) -> str:
+        threads = "" if self.threads is None else f" on {self.threads} threads"
+        return f"{self.mode or 'all'}{threads}: {self.reason}"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A benchmark of one bundle on one machine. The first of ``sessions`` and ``activities`` stands for the whole."""
+    """A benchmark of one bundle on one machine. The first of ``sessions`` and ``activities`` stands for the whole.
+
+    ``failed``: modes that have no rows; ``device``: keys that only a program on the device fills.
+    """
 
     model: dict[str, Any]
     machine: dict[str, Any]
@@ -97,6 +117,8 @@ class Measurement:
     rows: tuple[Row, ...]
     sessions: tuple[SessionCost, ...]
     activities: tuple[ModeActivity, ...]
+    failed: tuple[Failure, ...] = ()
+    device: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def headline(self) -> SessionCost:
@@ -120,4 +142,12 @@ class Measurement:
             "repetitions": self.repetitions,
             "sessions": [asdict(cost) for cost in self.sessions],
             "activities": [asdict(activity) for activity in self.activities],
+            "failed": [asdict(failure) for failure in self.failed],
+            **self.device,
         }
+
+
+def nothing_measured(model: str, machine: Mapping[str, Any], reason: str) -> dict[str, Any]:
+    """The report of a machine on which nothing could be measured: a merged report marks it as failed."""
+    failure = Failure(mode=None, threads=None, reason=reason)
+    return {"rows": [], "model": {"name": model}, "machine": dict(machine), "failed": [asdict(failure)]}

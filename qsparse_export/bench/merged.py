@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from qsparse_export.bench.measurement import MODES
 from qsparse_export.errors import MeasurementError
 
 _MOST_BYTES = 64 << 20
+_LIMIT = 1e300  # beyond it lie infinity, NaN, and whole numbers that no float holds
+_LONGEST_REASON = 400
 _TEST = re.compile(r"(pp|tg)[0-9]{1,9}")
 _NUMBERS_OF_ROWS = ("tokens_per_s_mean", "tokens_per_s_std", "p50_ms", "p90_ms")
 
@@ -48,9 +49,45 @@ class Result:
         return self.test.startswith("tg")
 
 
+@dataclass(frozen=True)
+class Failed:
+    """What one report could not measure. ``mode`` and ``threads`` are empty where that is all of them."""
+
+    device: str
+    model: str
+    mode: str
+    threads: str
+    reason: str
+
+
 def read_reports(paths: Iterable[Path]) -> tuple[Result, ...]:
     """The rows of all files, in order. MeasurementError names the first file that is no report, and what is wrong."""
     return tuple(result for path in paths for result in _results(path, _read(path)))
+
+
+def read_failures(paths: Iterable[Path]) -> tuple[Failed, ...]:
+    """What the reports say has failed, in order; raises as :func:`read_reports`."""
+    return tuple(failed for path in paths for failed in _failures(path, _read(path)))
+
+
+def _failures(path: Path, plain: Mapping[str, Any]) -> list[Failed]:
+    device, model = _names(path, plain)
+    return [
+        Failed(
+            device=device,
+            model=model,
+            mode=_label(entry["mode"]) if entry.get("mode") else "",
+            threads=_label(entry["threads"]) if entry.get("threads") else "",
+            reason="".join(c for c in str(entry.get("reason")) if c.isprintable())[:_LONGEST_REASON],
+        )
+        for entry in _tables(plain, "failed")
+    ]
+
+
+def _names(path: Path, plain: Mapping[str, Any]) -> tuple[str, str]:
+    """Of the device and of the model."""
+    machine, model = _table(plain, "machine"), _table(plain, "model")
+    return _label(machine.get("device") or machine.get("cpu") or path.stem), _label(model.get("name") or path.stem)
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -70,9 +107,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _results(path: Path, plain: Mapping[str, Any]) -> list[Result]:
-    machine, model = _table(plain, "machine"), _table(plain, "model")
-    device = _label(machine.get("device") or machine.get("cpu") or path.stem)
-    name = _label(model.get("name") or path.stem)
+    device, name = _names(path, plain)
     first_mode = plain["rows"][0].get("mode") if plain["rows"] and isinstance(plain["rows"][0], dict) else None
     costs = {(cost.get("mode"), cost.get("threads")): cost for cost in _tables(plain, "sessions")}
     activities = {activity.get("mode"): activity for activity in _tables(plain, "activities")}
@@ -135,7 +170,7 @@ def _tables(plain: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 
 
 def _number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LIMIT:
         raise MeasurementError(f"{where} is {value!r}; expected a finite number")
     return float(value)
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from qsparse_export.bench.merged import Result
+from qsparse_export.bench.merged import Failed, Result
 from qsparse_export.errors import MeasurementError
 
 _STYLE = """
@@ -17,6 +17,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right }
 th:nth-child(-n+4), td:nth-child(-n+4) { text-align: left }
+tr.failed { color: #a00 }
+tr.failed td:nth-child(6) { text-align: left; max-width: 30em }
 img { max-width: 100% }
 """
 
@@ -43,22 +45,38 @@ _COLUMNS: Mapping[str, Callable[[Result], str]] = {
 }
 
 
-def markdown(results: Sequence[Result]) -> str:
-    """One table of all rows."""
-    lines = [list(_COLUMNS), ["---"] * len(_COLUMNS), *([cell(r) for cell in _COLUMNS.values()] for r in results)]
+def markdown(results: Sequence[Result], failures: Sequence[Failed] = ()) -> str:
+    """One table of all rows, what failed at its end."""
+    lines = [list(_COLUMNS), ["---"] * len(_COLUMNS), *_cells(results, failures)]
     return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines)
+
+
+def _cells(results: Sequence[Result], failures: Sequence[Failed]) -> list[list[str]]:
+    known = [[cell(result) for cell in _COLUMNS.values()] for result in results]
+    return known + [_failed_cells(failed) for failed in failures]
+
+
+def _failed_cells(failed: Failed) -> list[str]:
+    texts = {"device": failed.device, "model": failed.model, "mode": failed.mode or "all", "threads": failed.threads}
+    texts |= {"test": "all", "tokens/s": f"failed: {failed.reason}"}
+    return [texts.get(title, "") for title in _COLUMNS]
 
 
 def _escaped(cell: str) -> str:
     return cell.replace("|", r"\|").replace("\n", " ")
 
 
-def html_page(results: Sequence[Result], plots: Mapping[str, str]) -> str:
-    """A page with all rows and ``plots`` (title to SVG text); every text in it is escaped, nothing is loaded."""
+def html_page(results: Sequence[Result], plots: Mapping[str, str], failures: Sequence[Failed] = ()) -> str:
+    """A page with all rows, what failed marked as such, and ``plots`` (title to SVG text).
+
+    Every text in it is escaped, nothing is loaded.
+    """
     head = "".join(f"<th>{html.escape(title)}</th>" for title in _COLUMNS)
     rows = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell(result))}</td>" for cell in _COLUMNS.values()) + "</tr>"
-        for result in results
+        f"<tr{' class=failed' if number >= len(results) else ''}>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for number, cells in enumerate(_cells(results, failures))
     )
     figures = "\n".join(
         # As an image a plot can run no script, and its ids do not meet those of another one.

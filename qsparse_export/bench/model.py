@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qsparse_export.bench import machine
-from qsparse_export.bench.dense_graph import write_dense_graph
+from qsparse_export.bench.dense_graph import DENSE_GRAPH, write_dense_graph
 from qsparse_export.bench.density import Activity, measure_activity
 from qsparse_export.bench.measurement import Measurement, Mode, ModeActivity, Row, SessionCost
 from qsparse_export.bench.plan import Plan, check
@@ -45,7 +45,7 @@ def measure(bundle: Bundle, plan: Plan, on_step: Callable[[str], object]) -> Mea
     rows: list[Row] = []
     costs: list[SessionCost] = []
     with tempfile.TemporaryDirectory(prefix="qsparse-bench-") as folder:
-        dense = Path(folder) / "dense.onnx"
+        dense = Path(folder) / DENSE_GRAPH
         if "dense" in plan.modes:
             write_dense_graph(graph, dense)
         ways = [_Way(m, dense if m == "dense" else graph, has_kernels and m != "bodies") for m in plan.modes]
@@ -75,7 +75,7 @@ def measure(bundle: Bundle, plan: Plan, on_step: Callable[[str], object]) -> Mea
 
 
 def _graph_file(bundle: Bundle) -> Path:
-    names = [name for name in bundle.manifest["files"] if name.endswith(".onnx")]
+    names = [name for name in bundle.manifest["files"] if name.endswith(".onnx") and name != DENSE_GRAPH]
     if len(names) != 1:
         raise BundleError(f"{bundle.path} lists {len(names)} .onnx files; expected one graph: export the bundle again")
     return bundle.path / names[0]
@@ -124,6 +124,6 @@ def _model(bundle: Bundle) -> dict[str, Any]:
         "dtype": manifest.get("dtype"),
         "quantization": config.get("quantization"),
         "layers": config.get("layers"),
-        "graph_and_weight_bytes": sum(size for name, size in sizes.items() if ".onnx" in name),
+        "graph_and_weight_bytes": sum(size for name, size in sizes.items() if ".onnx" in name and name != DENSE_GRAPH),
         "qsparse_export": manifest.get("qsparse_export"),
     }

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from qsparse_export.bench.measurement import Measurement, ModeActivity, Row, SessionCost
+from qsparse_export.bench.measurement import MEASURED_HERE, Measurement, ModeActivity, Row, SessionCost
 
 FORMATS = ("md", "json", "jsonl", "csv")
 
@@ -69,6 +69,7 @@ def _markdown(measured: Measurement) -> str:
     lines = [
         f"{model['name']} ({_size(model['graph_and_weight_bytes'])}), {machine['cpu']}, {machine['cores']} cores, "
         f"ONNX Runtime {machine['onnxruntime']}, {measured.repetitions} repetitions",
+        *_device_lines(measured.device),
         "",
         *_rows_table(measured.rows),
         "",
@@ -78,6 +79,28 @@ def _markdown(measured: Measurement) -> str:
         if activity.mode != "bodies" or len(measured.activities) == 1:
             lines += ["", *_density_table(activity)]
     return "\n".join(lines)
+
+
+def _device_lines(device: Mapping[str, Any]) -> list[str]:
+    """What a program on the device tells besides: tokens that agree with the recorded ones, and how hot it became."""
+    lines = []
+    checked = device.get("checked_tokens")
+    if isinstance(checked, dict):
+        agree = [
+            f"{mode} {found.get('agree')} of {found.get('of')}" if isinstance(found, dict) else f"{mode} unchecked"
+            for mode, found in checked.items()
+        ]
+        lines.append(f"tokens as recorded at export: {', '.join(agree)}")
+    before, after = (_hottest(device.get(key)) for key in ("state_before", "state_after"))
+    if before is not None and after is not None:
+        lines.append(f"hottest sensor: {before:.0f} °C before, {after:.0f} °C after")
+    return ["", *lines] if lines else []
+
+
+def _hottest(state: object) -> float | None:
+    sensors = state.get("temperature_celsius") if isinstance(state, dict) else None
+    values = sensors.values() if isinstance(sensors, dict) else ()
+    return max((value for value in values if isinstance(value, int | float)), default=None)
 
 
 def _rows_table(rows: Sequence[Row]) -> list[str]:
@@ -119,7 +142,8 @@ def _density_table(activity: ModeActivity) -> list[str]:
     ]
     if activity.mean_density is not None:
         cells.append(["all, by weight bytes", f"{activity.mean_density:.3f}", "", "", ""])
-    return _table([f"density, {activity.mode}", "mean", "least", "most", "linears"], cells)
+    source = "" if activity.source == MEASURED_HERE else f" ({activity.source})"
+    return _table([f"density, {activity.mode}{source}", "mean", "least", "most", "linears"], cells)
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

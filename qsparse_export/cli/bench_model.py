@@ -1,17 +1,21 @@
-"""qsparse-bench BUNDLE: measures a whole model on this machine."""
+"""qsparse-bench BUNDLE: measures a whole model on this machine, or with --remote on another one."""
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qsparse_export.cli.console import say
+from qsparse_export.cli import bench_remote
+from qsparse_export.cli.console import print_json, say
+from qsparse_export.errors import MeasurementError, QSparseError
 
 if TYPE_CHECKING:
-    from qsparse_export.bench.measurement import Mode
+    from tqdm import tqdm
+
+    from qsparse_export.bench.measurement import Measurement, Mode
+    from qsparse_export.bench.plan import Plan
     from qsparse_export.bundle import Bundle
 
 FORMATS = ("md", "json", "jsonl", "csv")
@@ -27,6 +31,10 @@ examples
   qsparse-bench smollm2 -p 128 -n 64 -t 1,2 --dense           what sparsity gains: the same weights, every mask open
   qsparse-bench smollm2 -p 0 -n 32 --no-native --dense -r 3   generation only, all three modes
   qsparse-bench smollm2 -o json > smollm2.json
+  qsparse-bench --remote pi@raspberrypi smollm2-pi --device "Pi 5" -o json > pi5.json
+
+--remote needs a bundle that was exported for that device with --with-bench, ssh here and a login there that asks nothing.
+It copies what it needs into a new folder in the login's home, runs qsparse-device-bench, and removes the folder again.
 
 Tests are named as in llama-bench: pp512 is the prefill of 512 tokens at once, tg128 the generation of 128 tokens one by
 one from an empty cache. Each runs once without counting, then -r times: mean ± standard deviation of tokens per second;
@@ -39,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line of ``qsparse-bench BUNDLE``."""
     made = argparse.ArgumentParser(
         prog="qsparse-bench",
-        usage="qsparse-bench BUNDLE [options] | kernels [options] | report FILE.json...",
+        usage="qsparse-bench [--remote USER@HOST] BUNDLE [options] | kernels [options] | report FILE.json...",
         description="Measures a bundle that qsparse-export wrote: speed, memory, and how sparse it really is.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -57,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--device", metavar="NAME", help="what to call this machine in merged reports")
     made.add_argument("-o", "--output", choices=FORMATS, default="md", help="format (default md)")
+    bench_remote.add_options(made)
     return made
 
 
@@ -73,46 +82,88 @@ def _counts(text: str) -> list[int]:
 def command(argv: Sequence[str]) -> None:
     """Measures and prints; raises QSparseError."""
     arguments = parser().parse_args(argv)
+    bench_remote.require_consistent(arguments)
     from tqdm import tqdm
 
     from qsparse_export.bench import model_report
-    from qsparse_export.bench.model import measure
-    from qsparse_export.bench.plan import Plan, check
+    from qsparse_export.bench.measurement import nothing_measured
     from qsparse_export.bundle import Bundle
 
     bundle = Bundle.load(arguments.bundle)
-    plan = Plan(
-        prompts=tuple(count for count in arguments.prompt if count),
-        generations=tuple(count for count in arguments.gen if count),
-        repetitions=arguments.repetitions,
-        threads=tuple(arguments.threads or [_cores()]),
-        modes=_modes(bundle, dense=arguments.dense, no_native=arguments.no_native),
-    )
-    check(plan, bundle.decoder_shape().max_positions)
-    say(f"measuring {bundle.path}: {', '.join(plan.modes)}")
-    with tqdm(total=plan.steps, disable=None, leave=False) as bar:
-
-        def step(name: str) -> None:
-            bar.set_description_str(name)
-            bar.update()
-
-        measured = measure(bundle, plan, step)
+    plan = _plan(arguments, bundle)
+    with tqdm(disable=None, leave=False) as bar:
+        try:
+            measured = _measure(arguments, bundle, plan, bar)
+        except QSparseError as error:
+            if arguments.output == "json":  # one of many devices: a merged report marks it as failed
+                machine = {"device": arguments.device or arguments.remote or "this machine"}
+                print_json(nothing_measured(bundle.manifest["name"], machine, str(error)))
+            raise
     for activity in measured.activities:
         if activity.not_native:
             say(
                 f"note: in the mode {activity.mode}, {', '.join(activity.not_native)} ran as function bodies: the "
-                "installed kernel library does not have them"
+                f"{'bundle' if arguments.remote else 'installed'}'s kernel library does not have them"
             )
     if arguments.device:
         measured = replace(measured, machine={"device": arguments.device, **measured.machine})
     print(model_report.spell(measured, arguments.output), flush=True)
+    if measured.failed:
+        raise MeasurementError(f"some modes have no rows: {'; '.join(map(str, measured.failed))}")
 
 
-def _cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _plan(arguments: argparse.Namespace, bundle: Bundle) -> Plan:
+    """What was asked for; UsageError where the model cannot do it, before anything runs or anybody is asked."""
+    from qsparse_export.bench.device import LocalDevice
+    from qsparse_export.bench.plan import Plan, check
+
+    find_modes = _remote_modes if arguments.remote else _modes
+    plan = Plan(
+        prompts=tuple(count for count in arguments.prompt if count),
+        generations=tuple(count for count in arguments.gen if count),
+        repetitions=arguments.repetitions,
+        threads=tuple(arguments.threads or [LocalDevice().cores()]),
+        modes=find_modes(bundle, dense=arguments.dense, no_native=arguments.no_native),
+    )
+    check(plan, bundle.decoder_shape().max_positions)
+    return plan
+
+
+def _measure(arguments: argparse.Namespace, bundle: Bundle, plan: Plan, bar: tqdm) -> Measurement:
+    from qsparse_export.bench.device import Device, LocalDevice
+
+    def tell(text: str) -> None:
+        if text.startswith("note: "):
+            bar.clear()
+            say(text)
+        else:
+            bar.set_postfix_str(text)
+
+    def step(name: str) -> None:
+        bar.set_postfix_str("", refresh=False)
+        bar.set_description_str(name)
+        bar.update()
+
+    device: Device = LocalDevice()
+    where = ""
+    if arguments.remote:
+        from qsparse_export.bench.remote import files_to_copy
+
+        files_to_copy(bundle, plan)  # a bundle that lacks any is refused before anybody is asked
+        device = bench_remote.connected(arguments, tell)
+        plan = replace(plan, threads=tuple(arguments.threads or [device.cores()]))
+        where = f" on {arguments.remote}"
+    bar.clear()
+    say(f"measuring {bundle.path}{where}: {', '.join(plan.modes)}")
+    bar.reset(device.steps(bundle, plan))
+    return device.measure(bundle, plan, step)
+
+
+def _remote_modes(bundle: Bundle, *, dense: bool, no_native: bool) -> tuple[Mode, ...]:
+    """What to run there: the device itself judges whether it can."""
+    first: tuple[Mode, ...] = ("native",) if bundle.manifest["native"] else ("bodies",)
+    asked: dict[Mode, bool] = {"bodies": no_native, "dense": dense}
+    return tuple(dict.fromkeys((*first, *(mode for mode, is_asked in asked.items() if is_asked))))
 
 
 def _modes(bundle: Bundle, *, dense: bool, no_native: bool) -> tuple[Mode, ...]:

@@ -11,7 +11,7 @@ from qsparse_export.errors import MeasurementError
 
 _EPILOG = """\
 examples
-  qsparse-bench smollm2 --dense --device "Raspberry Pi 5" -o json > pi5.json      on each device
+  qsparse-bench smollm2 --dense --device "Raspberry Pi 5" -o json > pi5.json      on each device, or for each with --remote
   qsparse-bench report pi5.json laptop.json                                       one table
   qsparse-bench report *.json -o report.html                                      and a page with plots
 
@@ -38,14 +38,15 @@ def command(argv: Sequence[str]) -> None:
     """Merges and prints; raises QSparseError."""
     arguments = parser().parse_args(argv)
     from qsparse_export.bench import merged_report
-    from qsparse_export.bench.merged import read_reports
+    from qsparse_export.bench.merged import read_failures, read_reports
 
     results = read_reports(arguments.reports)
-    if not results:
+    failures = read_failures(arguments.reports)
+    if not results and not failures:
         raise MeasurementError("the reports have no rows; measure something with: qsparse-bench BUNDLE -o json")
     if arguments.output is not None:
         from qsparse_export.bench.plots import plots
 
-        merged_report.write_text(arguments.output, merged_report.html_page(results, plots(results)))
+        merged_report.write_text(arguments.output, merged_report.html_page(results, plots(results), failures))
         say(f"wrote {arguments.output}")
-    print(merged_report.markdown(results), flush=True)
+    print(merged_report.markdown(results, failures), flush=True)

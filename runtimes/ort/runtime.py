@@ -37,10 +37,15 @@ class OrtRuntime:
     def compile(self, model: ir.Model, target: Target, folder: Path, *, native: bool) -> tuple[str, ...]:
         """Writes the graph, its weights as one external file, and the kernel library when ``native``.
 
-        Raises TargetError when there is no library for ``target``.
+        Raises TargetError when there is no library for ``target``, or bodies that unpack more than it has memory for.
         """
         from qsparse_export.runtimes.graph_file import write_graph
+        from qsparse_export.runtimes.ort.unpacking import unpacked_bytes
 
+        if not native and (unpacked := unpacked_bytes(model)):
+            constants = [value.const_value for value in model.graph.initializers.values()]
+            weights = sum(constant.nbytes for constant in constants if constant is not None)
+            target.require_memory("opening the weights, ternary ones unpacked, takes", weights + unpacked)
         files = [*write_graph(model, folder, GRAPH, WEIGHTS)]
         if native:
             files.append(bundled.add_library(target, folder))

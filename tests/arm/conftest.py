@@ -9,8 +9,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 
+from counting_models import MODELS, trained
 from emulation import ROOT, Emulator, onnxruntime_for_arm
-from models import MODELS, trained
 
 import qsparse_export as qs
 from qsparse_export.bundle import Bundle

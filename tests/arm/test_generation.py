@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from emulation import Emulator
 
 from qsparse_export.generate import DecoderShape, Generator
 from qsparse_export.runtimes import get_runtime
@@ -64,25 +65,63 @@ def test_a_variant_that_the_processor_lacks_is_refused(bundle, emulator, onnxrun
 @pytest.mark.parametrize("cpu", VARIANTS)
 def test_the_bench_checks_the_recorded_tokens_and_reports(bundle, emulator, onnxruntime, cpu):
     made = bundle("bitnet")
-    words = ("-p", 16, "-n", 4, "-r", 2, "-t", 1, "--onnxruntime", onnxruntime, made.path)
+    modes = ("native", "bodies", "dense")
+    words = ("-p", 16, "-n", 4, "-r", 2, "-t", 1, "--modes", ",".join(modes), "--onnxruntime", onnxruntime, made.path)
     result = emulator(cpu).run(made.path / DEVICE_BENCH_NAME, *words)
     assert result.exit_code == 0, result.said
     report = result.printed
     assert [(row["test"], row["mode"], row["threads"]) for row in report["rows"]] == [
-        ("pp16", "native", 1),
-        ("tg4", "native", 1),
-        ("pp16", "bodies", 1),
-        ("tg4", "bodies", 1),
+        (test, mode, 1) for test in ("pp16", "tg4") for mode in modes
     ]
     for row in report["rows"]:
         assert row["tokens_per_s_mean"] > 0 and row["p90_ms"] >= row["p50_ms"] > 0
-    assert report["checked_tokens"] == {mode: {"steady": 32, "agree": 32, "of": 32} for mode in ("native", "bodies")}
+    checked = report["checked_tokens"]
+    assert {mode: checked[mode] for mode in modes[:2]} == {
+        mode: {"steady": 32, "agree": 32, "of": 32} for mode in modes[:2]
+    }
+    assert checked["dense"]["of"] == 32
     assert {variant for calls in report["variants"].values() for variant in calls} == {VARIANTS[cpu]}
     assert report["machine"]["arch"] == "aarch64"
     assert ("asimddp" in report["machine"]["features"]) == (cpu == "cortex-a76")
     assert report["peak_rss_bytes"] > made.manifest["files"]["model.onnx.data"]["bytes"]
-    assert report["density"]["down_proj"] == pytest.approx(0.4, abs=0.01)
-    assert report["target"]["name"] == "arm64"
+    # Of what is active, and of what a token reads, the export knows.
+    native, bodies, dense = report["activities"]
+    recorded = made.manifest["bench"]
+    assert native["mean_density"] == pytest.approx(recorded["sparse"]["mean_density"])
+    assert (
+        native["bytes_per_token"] == report["bytes_per_token"] == pytest.approx(recorded["sparse"]["bytes_per_token"])
+    )
+    assert bodies["bytes_per_token"] is None
+    assert dense["bytes_per_token"] == pytest.approx(recorded["dense"]["bytes_per_token"])
+    assert report["model"]["target"] == "arm64"
+
+
+def test_frequency_temperature_and_energy_where_the_system_tells(bundle, onnxruntime, tmp_path):
+    """The emulator shows its programs the files under its root in place of the machine's own."""
+    processor = Emulator.of("cortex-a76", tmp_path)
+    files = {
+        "devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "2400000",
+        "class/thermal/thermal_zone0/temp": "61500",
+        "class/thermal/thermal_zone0/type": "cpu-thermal",
+        "class/powercap/intel-rapl:0/energy_uj": "1000000",
+        "class/powercap/intel-rapl:0/name": "package-0",
+        "class/hwmon/hwmon3/name": "ina2xx",
+        "class/hwmon/hwmon3/energy1_input": "5000000",
+    }
+    for name, content in files.items():
+        file = tmp_path / "sys" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content + "\n")
+    made = bundle("bitnet")
+    words = ("-p", 4, "-n", 2, "-r", 1, "-t", 1, "--modes", "native", "--onnxruntime", onnxruntime, made.path)
+    result = processor.run(made.path / DEVICE_BENCH_NAME, *words)
+    assert result.exit_code == 0, result.said
+    state = {"frequency_mhz": [2400], "temperature_celsius": {"thermal_zone0 cpu-thermal": 61.5}}
+    assert result.printed["state_before"] == result.printed["state_after"] == state
+    counted = {"intel-rapl:0 package-0": 0, "ina2xx energy1": 0}  # counters that stand still
+    assert result.printed["energy"] == [
+        {"test": test, "mode": "native", "threads": 1, "joules_per_token": counted} for test in ("pp4", "tg2")
+    ]
 
 
 def test_other_tokens_than_recorded_are_noticed_before_anything_is_timed(bundle, emulator, onnxruntime, tmp_path):
@@ -96,7 +135,9 @@ def test_other_tokens_than_recorded_are_noticed_before_anything_is_timed(bundle,
     assert result.exit_code == 1
     assert result.printed == ""
     assert "the bodies path generates other tokens than at export" in result.said
-    assert "1 threads" not in result.said  # nothing was timed, not even the path that was right
+    assert (
+        "check bodies" in result.said and "tg1" not in result.said
+    )  # nothing was timed, not even the path that was right
 
 
 def test_a_library_for_another_machine_is_refused(bundle, emulator, onnxruntime, tmp_path):

@@ -1,6 +1,8 @@
 """Bundles of tiny random decoders."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ import qsparse_export as qs
 from qsparse_export.config import ModelConfig, MoE, SparsityRule, TopK
 from qsparse_export.nn.decoder import Decoder
 from qsparse_export.passes.pipelines import CLEAN, LOWER
+
+sys.path.append(str(Path(__file__).parent))
 
 TINY = ModelConfig(
     architecture="llama",
@@ -66,3 +70,11 @@ def bundles(tmp_path_factory):
         return made[name]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def device_bundle(tmp_path_factory):
+    """The bitnet, verified, with the program that measures it on a device."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("device") / "bundle"
+    return qs.export(Decoder(CONFIGS["bitnet"]), out=folder, name="bitnet", with_bench=True).path

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from process_tree import children
 
 import qsparse_export as qs
 from qsparse_export.config import ModelConfig, SparsityRule, TopK
@@ -61,19 +62,6 @@ def test_exit_codes(bundle, tmp_path):
         assert words in " ".join(result.stderr.split()) and "Traceback" not in result.stderr
 
 
-def children(process_id):
-    """Ids of the processes that ``process_id`` started and that still run."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            after_name = status.read_text("utf-8", errors="replace").rpartition(")")[2].split()
-        except OSError:
-            continue  # it has ended meanwhile
-        if after_name[0] != "Z" and int(after_name[1]) == process_id:
-            found.append(int(status.parent.name))
-    return found
-
-
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_in_the_middle_leaves_no_process_and_no_file(bundle, tmp_path, how):
     arguments = [COMMAND, str(bundle), "-p", "0", "-n", "256", "-r", "100000", "--dense"]
@@ -87,7 +75,9 @@ def test_interrupted_in_the_middle_leaves_no_process_and_no_file(bundle, tmp_pat
     os.killpg(process.pid, how)  # as a terminal does: to every process of the command
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and out == b"" and b"Traceback" not in errors
-    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
+    while (left := [pid for pid in started if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+        time.sleep(0.05)  # until their parent's parent has noticed
+    assert not left
     assert list(tmp_path.glob("qsparse-bench-*")) == []
 
 

@@ -19,6 +19,7 @@ from qsparse_export.generate import Generator
 from qsparse_export.guided import Guide, choice_taps
 from qsparse_export.nn.deploy import materialize
 from qsparse_export.runtimes import get_runtime
+from qsparse_export.runtimes.base import SessionView
 from qsparse_export.sparsity import parse_sparsity
 
 ROOT = Path(__file__).parents[2]
@@ -113,15 +114,12 @@ def choices_of(bundle, session, window):
     """What each top-k of the compiled model kept on this window, in the order in which PyTorch asks."""
     seen = {}
 
-    class Recorder:
-        input_names, output_names = session.input_names, session.output_names
-        to_numpy = staticmethod(session.to_numpy)
-
-        def run(self, feeds):
-            seen.update(session.run(feeds))
+    class Recorder(SessionView):
+        def run(self, feeds, results=None):
+            seen.update(super().run(feeds, results))
             return seen
 
-    Generator(Recorder(), bundle.open().shape).logits(window.tolist())
+    Generator(Recorder(session), bundle.open().shape).logits(window.tolist())
     return [(tap, tap.choice(session.to_numpy(seen[tap.value]))) for tap in taps_of(bundle)]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from kernel_runs import build_runner, tool
 
 # Everything that the library takes from elsewhere.
-MEMORY_AND_ARITHMETIC = {"memchr", "memcpy", "memmove", "memset", "nearbyintf", "sqrtf", "__popcountdi2"}
+MEMORY_AND_ARITHMETIC = {"memchr", "memcpy", "memmove", "memset", "nearbyintf", "sqrt", "sqrtf", "__popcountdi2"}
 CHOICE_OF_A_VARIANT = {"getauxval", "getenv", "snprintf", "strcmp", "__cxa_guard_acquire", "__cxa_guard_release"}
 LINKING = {"_GLOBAL_OFFSET_TABLE_"}
 

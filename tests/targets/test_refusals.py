@@ -1,11 +1,14 @@
 """What a target cannot do is refused at export, before or instead of work, with the reason; nothing is left behind."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
 import qsparse_export as qs
+from qsparse_export.checkpoints.model import Model
+from qsparse_export.checkpoints.shapes import RandomWeights
 from qsparse_export.config import ModelConfig, SparsityRule, TopK
 from qsparse_export.errors import BundleError, TargetError, UsageError
 from qsparse_export.nn.decoder import Decoder
@@ -102,6 +105,30 @@ def test_the_browsers_limit_is_chromes_largest_array():
     web.require_room({"model.onnx.data": 0x7FE00000})
     with pytest.raises(TargetError, match="loads files of at most"):
         web.require_room({"model.onnx.data": 0x7FE00001})
+
+
+def test_weights_beyond_the_browsers_limit(tmp_path):
+    """An embedding and a head of 1 GiB each, neither of which is ever made."""
+    config = dataclasses.replace(TINY, vocab_size=1 << 23)
+    model = Model.in_memory("wide", config, RandomWeights(config, 0))
+    with pytest.raises(
+        TargetError, match=r"the weights' file has 2,147,\d{3},\d{3} bytes, and target web loads files of"
+    ):
+        qs.export(model, target="web", out=tmp_path / "out", verify="none")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_ternary_bodies_that_unpack_more_than_memory_holds(board, tmp_path):
+    """Only with kernels does nothing become larger than it is in the file."""
+    config = dataclasses.replace(TINY, architecture="bitnet", quantization="bitnet", intermediate_size=1408)
+    model = Model.in_memory("ternary", config, RandomWeights(config, 0))
+    target = board(triple=f'"{host().triple}"', features="[]", memory_bytes="1_000_000")
+    with pytest.raises(
+        TargetError, match=r"opening the weights, ternary ones unpacked, takes 1,[\d,]+ bytes, and target"
+    ):
+        qs.export(model, target=target, out=tmp_path / "out", verify="none", portable=True)
+    assert not list(tmp_path.glob("*out*"))
+    assert qs.export(model, target=target, out=tmp_path / "out", verify="none").manifest["native"] is True
 
 
 def test_native_ops_that_the_library_lacks(export, board, tmp_path):

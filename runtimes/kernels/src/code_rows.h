@@ -4,7 +4,7 @@
 //   flip16(w, bits) mask16(w, bits) down8(w): each half's upper byte     of W
 //   fixed_pair(pair): two int16 for every lane     of an int32
 //   splat_int(x) load_int(p) store_int(p, v) madd(sums, w, d): sums + w of a * first digit + w of b * second
-//   from_int(sums): F8 load_half_pair(p): two float16, four lanes each     sum(v): of the eight lanes of F8
+//   from_int(sums): F8     sum(v): of the eight lanes of F8
 //
 // Activations are rounded to 16 bits of the largest that is multiplied with them, at most kFloatRows: multiplying
 // 16-bit integers takes half the cycles of converting codes and multiplying in float (docs/benchmarks.md). The sums are

@@ -35,6 +35,8 @@ struct Workspace {
   uint8_t* x;        // [m, x_bytes]
   bool* is_bad;      // [m]
   float* y;          // [workers, m, piece_outputs]
+  float* scales;     // [workers, scales_stride] those of an output in float
+  int64_t scales_stride;
   int64_t bytes;
 };
 
@@ -45,6 +47,8 @@ Workspace lay_out(const Plan& plan, void* base) {
   work.x = scratch.take<uint8_t>(plan.args.m * plan.x_bytes);
   work.is_bad = scratch.take<bool>(plan.args.m);
   work.y = scratch.take<float>(plan.workers * plan.args.m * plan.piece_outputs);
+  work.scales_stride = round_up(ceil_div(plan.args.k, plan.args.group) + kLanes, kLanes);
+  work.scales = scratch.take<float>(plan.workers * work.scales_stride);
   work.bytes = scratch.used();
   return work;
 }
@@ -65,16 +69,19 @@ void prepare(const qsk_variant& variant, const Plan& plan, const Workspace& work
   }
 }
 
-void multiply_piece(const qsk_variant& variant, const Plan& plan, const Workspace& work, int64_t piece, float* y) {
+void multiply_piece(const qsk_variant& variant, const Plan& plan, const Workspace& work, int64_t piece,
+                    int64_t worker) {
   const qsk_dense_matmul_nbits_args& args = plan.args;
   const int64_t begin = piece * plan.piece_outputs, outputs = min_of(plan.piece_outputs, args.n - begin);
   const int64_t groups = ceil_div(args.k, args.group);
+  float* const y = work.y + worker * args.m * plan.piece_outputs;
   DenseRows rows = {};
   rows.w = args.w + begin * plan.row_bytes;
   rows.row_bytes = plan.row_bytes;
   rows.scales = args.scales + begin * groups;
   rows.scales_stride = groups;
   rows.group = args.group;
+  rows.wide = work.scales + worker * work.scales_stride;
   rows.outputs = outputs;
   rows.steps = plan.steps;
   rows.x = work.x;
@@ -153,9 +160,8 @@ int qsk_dense_matmul_nbits(const qsk_variant* variant, const qsk_dense_matmul_nb
   for (int64_t row = 0; row < args->m; ++row) qsk::prepare(*variant, plan, work, row);
   qsk::Pieces pieces(plan.pieces);
   auto body = [&](int64_t worker) {
-    float* y = work.y + worker * args->m * plan.piece_outputs;
     for (int64_t piece = pieces.take(); piece >= 0; piece = pieces.take()) {
-      qsk::multiply_piece(*variant, plan, work, piece, y);
+      qsk::multiply_piece(*variant, plan, work, piece, worker);
     }
   };
   qsk::run_workers(parallel, plan.workers, body);

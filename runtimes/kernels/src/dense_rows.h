@@ -1,4 +1,5 @@
 // The kernel of DenseMatMulNBits, in terms of the vectors of code_rows.h and of H16, sixteen uint16_t, with
+//   splat_pair(p): four lanes of p[0], four of p[1]
 //   load_halves(p) low_bits(h, bits)     shift<bits>(h): each lane to the right
 //   madd_halves(sums, codes, p): sums + the products of codes with the sixteen int16 at p, added in pairs
 // and the table of all kernels in floating point.
@@ -10,25 +11,63 @@
 namespace qsk {
 namespace {
 
-// The scale of each lane's inputs in the step that begins with `input`; lanes beyond the last input get the last scale.
+// How scales and steps relate. The common ones need no arithmetic inside the loop: a division there takes longer than
+// all the rest of a step.
+enum class Scales { kForSteps, kForHalfSteps, kAny };
+
 template <int Bits>
-F8 lane_scales(const uint16_t* scales, int64_t groups, int64_t input, int64_t group) {
-  const int64_t first = input / group;
-  if (group % kDenseStepInputs<Bits> == 0 || first + 1 == groups) {
-    const uint16_t twice[2] = {scales[first], scales[first]};
-    return load_half_pair(twice);
+Scales scales_for(const DenseRows& rows) {
+  if (rows.scales_stride == 1 || rows.group % kDenseStepInputs<Bits> == 0) return Scales::kForSteps;
+  return rows.group * 2 == kDenseStepInputs<Bits> ? Scales::kForHalfSteps : Scales::kAny;
+}
+
+// Where a step's scales are among those of one output, in float.
+template <int Bits, Scales kScales>
+struct ScalePosition {
+  explicit ScalePosition(const DenseRows& rows)
+      : groups(rows.scales_stride),
+        group(rows.group),
+        steps_per_group(rows.group / kDenseStepInputs<Bits>),
+        steps_left(steps_per_group) {}
+  void advance() {
+    ++step;
+    if (kScales == Scales::kForHalfSteps) {
+      first += 2;
+    } else if (kScales == Scales::kForSteps && first + 1 < groups && --steps_left == 0) {
+      ++first;
+      steps_left = steps_per_group;
+    }
   }
-  if (group * 2 == kDenseStepInputs<Bits>) return load_half_pair(scales + first);
-  uint16_t lane[kLanes];
-  for (int64_t j = 0; j < kLanes; ++j) {
-    const int64_t of_lane = (input + j * (32 / Bits)) / group;
-    lane[j] = scales[of_lane < groups ? of_lane : groups - 1];
+  // The scale of each lane's inputs; lanes beyond the last input get the last scale.
+  F8 lanes(const float* scales) const {
+    if (kScales == Scales::kForSteps) return splat(scales[first]);
+    if (kScales == Scales::kForHalfSteps) return splat_pair(scales + first);
+    float lane[kLanes];
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const int64_t of_lane = (step * kDenseStepInputs<Bits> + j * (32 / Bits)) / group;
+      lane[j] = scales[of_lane < groups ? of_lane : groups - 1];
+    }
+    return load(lane);
   }
-  return load_half(lane);
+
+  int64_t groups, group, steps_per_group, steps_left;
+  int64_t step = 0, first = 0;
+};
+
+// The scales of one output in float, the last one twice.
+inline void widen_scales(const uint16_t* scales, int64_t groups, float* wide) {
+  int64_t i = 0;
+  for (; i + kLanes <= groups; i += kLanes) store(wide + i, load_half(scales + i));
+  if (i < groups) {
+    uint16_t last[kLanes] = {};
+    memcpy(last, scales + i, (groups - i) * sizeof *scales);
+    store(wide + i, load_half(last));
+  }
+  wide[groups] = wide[groups - 1];
 }
 
 template <int Bits>
-F8 step_product(const uint8_t* words, const DenseStep<Bits>& x) {
+I8 step_sums(const uint8_t* words, const DenseStep<Bits>& x) {
   const H16 codes = load_halves(words);
   I8 sums = load_int(x.offset);
   if constexpr (Bits == 4) {
@@ -40,41 +79,52 @@ F8 step_product(const uint8_t* words, const DenseStep<Bits>& x) {
     sums = madd_halves(sums, low_bits(codes, 0xff), x.values[0]);
     sums = madd_halves(sums, shift<8>(codes), x.values[1]);
   }
-  return mul(from_int(sums), splat(x.unit));
+  return sums;
 }
 
-template <int Bits>
-float dense_row(const DenseRows& rows, const uint8_t* w, const uint16_t* scales, const DenseStep<Bits>* x) {
+constexpr int64_t kAheadBytes = 8 << 10;  // of weights, which lie in order
+
+template <int Bits, Scales kScales>
+float dense_output(const DenseRows& rows, const uint8_t* w, const DenseStep<Bits>* x) {
+  const int64_t whole_steps = rows.row_bytes / 32;
   F8 total = zero();
-  for (int64_t step = 0; step < rows.steps; ++step) {
-    uint8_t last[32];
-    const uint8_t* words = w + step * 32;
-    const int64_t bytes_left = rows.row_bytes - step * 32;
-    if (bytes_left < 32) {
-      memset(last, 0, sizeof last);
-      memcpy(last, words, bytes_left);
-      words = last;
-    }
-    const F8 scale = lane_scales<Bits>(scales, rows.scales_stride, step * kDenseStepInputs<Bits>, rows.group);
-    total = add(total, mul(step_product<Bits>(words, x[step]), scale));
+  ScalePosition<Bits, kScales> position(rows);
+  for (int64_t step = 0; step < whole_steps; ++step, position.advance()) {
+    const uint8_t* const words = w + step * 32;
+    __builtin_prefetch(words + kAheadBytes);
+    const F8 scale = mul(splat(x[step].unit), position.lanes(rows.wide));
+    total = add(total, mul(from_int(step_sums<Bits>(words, x[step])), scale));
+  }
+  if (whole_steps < rows.steps) {
+    uint8_t last[32] = {};
+    memcpy(last, w + whole_steps * 32, rows.row_bytes - whole_steps * 32);
+    const F8 scale = mul(splat(x[whole_steps].unit), position.lanes(rows.wide));
+    total = add(total, mul(from_int(step_sums<Bits>(last, x[whole_steps])), scale));
   }
   return sum(total);
 }
 
-template <int Bits>
-void dense(const DenseRows& rows, float* y) {
-  constexpr int64_t kAhead = 8;  // rows of weights
+template <int Bits, Scales kScales>
+void dense_outputs(const DenseRows& rows, float* y) {
   const auto* x = static_cast<const DenseStep<Bits>*>(rows.x);
   for (int64_t n = 0; n < rows.outputs; ++n) {
-    const uint8_t* w = rows.w + n * rows.row_bytes;
-    if (n + kAhead < rows.outputs) {
-      for (int64_t byte = 0; byte < rows.row_bytes; byte += kLineBytes) {
-        __builtin_prefetch(w + kAhead * rows.row_bytes + byte);
-      }
-    }
+    widen_scales(rows.scales + n * rows.scales_stride, rows.scales_stride, rows.wide);
+    const uint8_t* const w = rows.w + n * rows.row_bytes;
     for (int64_t row = 0; row < rows.rows; ++row) {
-      y[row * rows.y_stride + n] = dense_row<Bits>(rows, w, rows.scales + n * rows.scales_stride, x + row * rows.steps);
+      y[row * rows.y_stride + n] = dense_output<Bits, kScales>(rows, w, x + row * rows.steps);
     }
+  }
+}
+
+template <int Bits>
+void dense(const DenseRows& rows, float* y) {
+  switch (scales_for<Bits>(rows)) {
+    case Scales::kForSteps:
+      return dense_outputs<Bits, Scales::kForSteps>(rows, y);
+    case Scales::kForHalfSteps:
+      return dense_outputs<Bits, Scales::kForHalfSteps>(rows, y);
+    case Scales::kAny:
+      return dense_outputs<Bits, Scales::kAny>(rows, y);
   }
 }
 

@@ -17,10 +17,7 @@ F8 add(F8 a, F8 b) { return _mm256_add_ps(a, b); }
 F8 mul(F8 a, F8 b) { return _mm256_mul_ps(a, b); }
 F8 fma(F8 a, F8 b, F8 c) { return _mm256_fmadd_ps(a, b, c); }
 F8 load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-F8 load_half_pair(const uint16_t* p) {
-  const __m128i each_four_times = _mm_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3);
-  return _mm256_cvtph_ps(_mm_shuffle_epi8(_mm_loadu_si32(p), each_four_times));
-}
+F8 splat_pair(const float* p) { return _mm256_blend_ps(_mm256_broadcast_ss(p), _mm256_broadcast_ss(p + 1), 0xf0); }
 float sum(F8 v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

@@ -41,11 +41,7 @@ F8 load_half(const uint16_t* p) {
   half_generic.to_float(p, 8, v.lane);
   return v;
 }
-F8 load_half_pair(const uint16_t* p) {
-  float two[2];
-  half_generic.to_float(p, 2, two);
-  return {{two[0], two[0], two[0], two[0], two[1], two[1], two[1], two[1]}};
-}
+F8 splat_pair(const float* p) { return {{p[0], p[0], p[0], p[0], p[1], p[1], p[1], p[1]}}; }
 float sum(const F8& v) {  // in the order of the vector units
   const float* x = v.lane;
   return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));

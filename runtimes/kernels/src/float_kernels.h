@@ -64,6 +64,7 @@ struct DenseRows {
   const uint16_t* scales;  // float16 [outputs, scales_stride]
   int64_t scales_stride;
   int64_t group;  // inputs that share a scale
+  float* wide;    // [scales_stride + 1] rounded up to whole vectors, workspace
   int64_t outputs;
   int64_t steps;
   const void* x;  // [rows, steps] DenseStep

@@ -28,10 +28,7 @@ F8 load_half(const uint16_t* p) {
   const float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(p));
   return {vcvt_f32_f16(vget_low_f16(halves)), vcvt_f32_f16(vget_high_f16(halves))};
 }
-F8 load_half_pair(const uint16_t* p) {
-  const uint16x4_t low = vdup_n_u16(p[0]), high = vdup_n_u16(p[1]);
-  return {vcvt_f32_f16(vreinterpret_f16_u16(low)), vcvt_f32_f16(vreinterpret_f16_u16(high))};
-}
+F8 splat_pair(const float* p) { return {vdupq_n_f32(p[0]), vdupq_n_f32(p[1])}; }
 float sum(F8 v) {
   const float32x4_t four = vaddq_f32(v.low, v.high);
   const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));

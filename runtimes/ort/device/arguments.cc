@@ -25,20 +25,36 @@ int64_t whole_number(const std::string& option, const std::string& text, int64_t
   return value;
 }
 
+std::vector<int64_t> whole_numbers(const std::string& option, const std::string& text, int64_t least) {
+  std::vector<int64_t> values;
+  for (const std::string& part : split(text)) values.push_back(whole_number(option, part, least));
+  return values;
+}
+
+const std::string& mode(const std::string& option, const std::string& text) {
+  if (text != "native" && text != "bodies" && text != "dense") {
+    throw UsageError(option + " " + text + ": expected native, bodies or dense");
+  }
+  return text;
+}
+
 }  // namespace
 
 const char* usage() {
   return "usage: qsparse-device-bench [options] BUNDLE\n"
          "Runs a bundle on this machine: checks that it generates the tokens recorded in its manifest, then times it.\n"
          "\n"
-         "  -p N                tokens of the prompt test pp (default 512; 0: leave it out)\n"
-         "  -n N                tokens of the generation test tg (default 128; 0: leave it out)\n"
+         "  -p N,..             tokens of the prompt tests pp (default 512; 0: leave them out)\n"
+         "  -n N,..             tokens of the generation tests tg (default 128; 0: leave them out)\n"
          "  -r N                repetitions after one that is not counted (default 5)\n"
          "  -t N,..             threads; 0: all cores (default 0)\n"
-         "  --modes M,..        native, bodies (default: both, or bodies for a bundle without a library)\n"
+         "  --modes M,..        native, bodies, dense (default: native and bodies, or bodies for a bundle without a "
+         "library)\n"
          "  --ids I,I,..        generate -n tokens after these ids instead, on the first of --modes and -t, and "
          "measure\n"
          "                      nothing\n"
+         "  --session MODE      open the bundle in this mode and answer lines of JSON on stdin (docs/benchmarks.md)\n"
+         "  --device NAME       what reports call this machine\n"
          "  --unchecked         time a bundle whose manifest records no tokens to check\n"
          "  --onnxruntime PATH  libonnxruntime.so to load (default: the system's own)\n"
          "\n"
@@ -68,23 +84,23 @@ Arguments parse_arguments(int argc, char** argv) {
       return words[++i];
     };
     if (word == "-p") {
-      made.prompt_tokens = whole_number(word, value(), 0);
+      made.prompt_tokens = whole_numbers(word, value(), 0);
     } else if (word == "-n") {
-      made.generate_tokens = whole_number(word, value(), 0);
+      made.generate_tokens = whole_numbers(word, value(), 0);
     } else if (word == "-r") {
       made.repetitions = whole_number(word, value(), 1);
     } else if (word == "-t") {
       made.threads.clear();
-      for (const std::string& part : split(value())) {
-        made.threads.push_back(static_cast<int>(whole_number(word, part, 0)));
-      }
+      for (const int64_t threads : whole_numbers(word, value(), 0)) made.threads.push_back(static_cast<int>(threads));
     } else if (word == "--modes") {
       made.modes = split(value());
-      for (const std::string& mode : made.modes) {
-        if (mode != "native" && mode != "bodies") throw UsageError("--modes " + mode + ": expected native or bodies");
-      }
+      for (const std::string& given : made.modes) mode(word, given);
+    } else if (word == "--session") {
+      made.session = mode(word, value());
+    } else if (word == "--device") {
+      made.device = value();
     } else if (word == "--ids") {
-      for (const std::string& part : split(value())) made.ids.push_back(whole_number(word, part, 0));
+      made.ids = whole_numbers(word, value(), 0);
     } else if (word == "--onnxruntime") {
       made.onnxruntime = value();
     } else {

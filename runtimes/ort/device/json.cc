@@ -245,7 +245,7 @@ void Json::write(std::string& out) const {
     case Kind::kNumber: {
       char digits[32];
       const bool whole = std::nearbyint(number_) == number_ && std::fabs(number_) < 9007199254740992.0;
-      snprintf(digits, sizeof digits, whole ? "%.0f" : "%.6g", number_);
+      snprintf(digits, sizeof digits, whole ? "%.0f" : "%.9g", number_);
       out += std::isfinite(number_) ? digits : "null";
       return;
     }
@@ -280,6 +280,11 @@ void Json::require(Kind kind, const char* expected, const std::string& what) con
 double Json::number(const std::string& what) const {
   require(Kind::kNumber, "a number", what);
   return number_;
+}
+
+bool Json::boolean(const std::string& what) const {
+  require(Kind::kBool, "true or false", what);
+  return bool_;
 }
 
 const std::string& Json::text(const std::string& what) const {

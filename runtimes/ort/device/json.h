@@ -37,6 +37,7 @@ class Json {
   const std::vector<Json>& items(const std::string& what) const;
   const std::vector<Member>& members(const std::string& what) const;
   std::vector<int64_t> integers(const std::string& what) const;
+  bool boolean(const std::string& what) const;
   // The member called `key`, or null; throws when this is no object.
   const Json& at(const std::string& key, const std::string& what) const;
 

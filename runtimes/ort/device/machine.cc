@@ -1,6 +1,6 @@
 #include "machine.h"
 
-#include <sys/resource.h>
+#include <sched.h>
 #include <sys/utsname.h>
 #include <unistd.h>
 
@@ -58,6 +58,16 @@ std::map<std::string, std::string> cpuinfo() {
   return values;
 }
 
+// Of the first core, bytes; 0 where the system does not tell.
+int64_t last_level_cache_bytes() {
+  double largest = 0, kib = 0;
+  for (const fs::path& cache : entries("/sys/devices/system/cpu/cpu0/cache", "index")) {
+    const std::string size = first_line(cache / "size");  // such as 512K
+    if (read_number(cache / "size", &kib)) largest = std::max(largest, size.back() == 'M' ? kib * 1024 : kib);
+  }
+  return static_cast<int64_t>(largest * 1024);
+}
+
 Json text_or_null(const std::string& text) { return text.empty() ? Json() : Json(text); }
 
 }  // namespace
@@ -70,8 +80,8 @@ Json describe_machine() {
     cpu = "implementer " + value("CPU implementer") + " part " + value("CPU part");
   }
   Json features = Json::list();
-  std::istringstream words(value("flags") + value("Features"));
-  for (std::string word; words >> word;) features.add(word);
+  for (const std::string& name : cpu_features()) features.add(name);
+  const int64_t cache_bytes = last_level_cache_bytes();
   utsname names{};
   uname(&names);
   Json machine = Json::object();
@@ -80,9 +90,26 @@ Json describe_machine() {
   machine.set("arch", names.machine);
   machine.set("system", std::string(names.sysname) + " " + names.release);
   machine.set("cores", static_cast<int64_t>(std::thread::hardware_concurrency()));
+  machine.set("last_level_cache_bytes", cache_bytes > 0 ? Json(cache_bytes) : Json());
   machine.set("memory_bytes", static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE));
   machine.set("features", features);
   return machine;
+}
+
+std::vector<std::string> cpu_features() {
+  const std::map<std::string, std::string> info = cpuinfo();
+  std::vector<std::string> names;
+  for (const char* key : {"flags", "Features"}) {
+    std::istringstream words(info.count(key) ? info.at(key) : "");
+    for (std::string word; words >> word;) names.push_back(word);
+  }
+  return names;
+}
+
+int usable_cores() {
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
 Json describe_state() {
@@ -105,8 +132,11 @@ Json describe_state() {
 }
 
 int64_t peak_rss_bytes() {
-  rusage usage{};
-  return getrusage(RUSAGE_SELF, &usage) == 0 ? static_cast<int64_t>(usage.ru_maxrss) * 1024 : 0;
+  std::ifstream file("/proc/self/status");
+  for (std::string line; std::getline(file, line);) {
+    if (line.rfind("VmHWM:", 0) == 0) return strtoll(line.c_str() + sizeof "VmHWM:" - 1, nullptr, 10) * 1024;
+  }
+  return 0;
 }
 
 EnergyMeter::EnergyMeter() {
@@ -114,7 +144,7 @@ EnergyMeter::EnergyMeter() {
   for (const fs::path& zone : entries("/sys/class/powercap", "intel-rapl:")) {
     if (!read_number(zone / "energy_uj", &value)) continue;
     double range = 0;
-    read_number(zone / "max_energy_range_uj", &range);
+    if (!read_number(zone / "max_energy_range_uj", &range)) range = 0;
     counters_[zone.filename().string() + " " + first_line(zone / "name")] = {zone / "energy_uj", value, range};
   }
   for (const fs::path& sensor : entries("/sys/class/hwmon", "hwmon")) {
@@ -126,14 +156,13 @@ EnergyMeter::EnergyMeter() {
   }
 }
 
-Json EnergyMeter::joules() const {
-  if (counters_.empty()) return Json();
-  Json spent = Json::object();
+std::map<std::string, double> EnergyMeter::joules() const {
+  std::map<std::string, double> spent;
   for (const auto& [name, counter] : counters_) {
     double now = 0;
     if (!read_number(counter.path, &now)) continue;
     if (now < counter.start_uj) now += counter.range_uj;
-    spent.set(name, (now - counter.start_uj) * kMicro);
+    if (now >= counter.start_uj) spent[name] = (now - counter.start_uj) * kMicro;
   }
   return spent;
 }

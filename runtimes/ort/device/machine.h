@@ -6,26 +6,34 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "json.h"
 
 namespace qsparse_device {
 
-// {"cpu", "board", "arch", "system", "cores", "memory_bytes", "features"}
+// {"cpu", "board", "arch", "system", "cores", "last_level_cache_bytes", "memory_bytes", "features"}
 Json describe_machine();
+
+// What the processor can, by Linux's names.
+std::vector<std::string> cpu_features();
+
+// Cores that this process may use.
+int usable_cores();
 
 // {"frequency_mhz": [of each core], "temperature_celsius": {sensor: degrees}} now
 Json describe_state();
 
-// Most memory that this process has held, bytes; 0 where the system does not tell.
+// Most memory that this process had resident at once, bytes, file-mapped weights included; 0 where the system does not
+// tell. Linux's VmHWM: getrusage would count the process that started this one.
 int64_t peak_rss_bytes();
 
 // Energy counters of the machine (RAPL packages; hwmon sensors that count joules), read at construction.
 class EnergyMeter {
  public:
   EnergyMeter();
-  // {counter: joules since construction}; null where the machine has no counter that this user may read.
-  Json joules() const;
+  // Counter to joules since construction; empty where the machine has no counter that this user may read.
+  std::map<std::string, double> joules() const;
 
  private:
   struct Counter {

@@ -1,180 +1,116 @@
 // qsparse-device-bench: checks and times a bundle on the machine that it was made for, without Python.
-#include <algorithm>
+#include <unistd.h>
+
+#include <csignal>
 #include <cstdio>
-#include <fstream>
-#include <iterator>
-#include <map>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "arguments.h"
-#include "decoder.h"
-#include "json.h"
-#include "kernel_library.h"
+#include "bundle.h"
 #include "machine.h"
 #include "measure.h"
-#include "onnxruntime.h"
+#include "report.h"
+#include "runner.h"
+#include "session_process.h"
 
 namespace qsparse_device {
 namespace {
 
-// What a manifest says of the bundle, as far as this program needs it.
-struct Bundle {
-  std::string folder;
-  Json manifest;
-  std::string library;  // path; empty: the bundle has none
+std::unique_ptr<Runner> start(const Arguments& arguments, const Bundle& bundle, const Way& way) {
+  return std::make_unique<Runner>(
+      [&](FILE* commands, FILE* answers) { return serve(arguments, bundle, way, commands, answers); });
+}
 
-  // The record of one way to run it in the parity section, or null.
-  const Json& recorded(const std::string& mode) const {
-    static const Json null;
-    const Json& parity = manifest.at("parity", "manifest.json");
-    if (parity.is_null()) return null;
-    for (const Json& path : parity.at("paths", "parity").items("parity.paths")) {
-      if (path.at("path", "parity.paths").text("parity.paths.path") == mode) return path;
+// Every mode generates the recorded tokens, in a process that ends before anything is timed. WrongTokensError when one
+// of them generates others. What fails otherwise is noted and left out of `modes`.
+Checked check(const Arguments& arguments, const Bundle& bundle, std::vector<std::string>* modes,
+              const std::function<void(const std::string&)>& tell, Findings* findings) {
+  Checked checked;
+  std::vector<std::string> good;
+  for (const std::string& mode : *modes) {
+    tell("check " + mode);
+    try {
+      const Json answer = start(arguments, bundle, {mode, arguments.threads.front()})->ask("check", true);
+      checked.tokens.set(mode, answer.at("checked_tokens", "a check"));
+      if (checked.runtime.is_null() || bundle.runs_kernels(mode)) checked.runtime = answer;
+      good.push_back(mode);
+    } catch (const WrongTokensError&) {
+      throw;
+    } catch (const std::exception& error) {
+      findings->failed.push_back(failure(mode, 0, error.what()));
+      if (modes->size() == 1) throw;  // there is nothing else to report
     }
-    return null;
   }
-
-  std::vector<int64_t> prompt() const {
-    const Json& parity = manifest.at("parity", "manifest.json");
-    if (parity.is_null()) return {};
-    const Json& ids = parity.at("prompt_ids", "parity");
-    return ids.is_null() ? std::vector<int64_t>() : ids.integers("parity.prompt_ids");
-  }
-};
-
-Bundle read_bundle(const std::string& folder) {
-  std::ifstream file(folder + "/manifest.json", std::ios::binary);
-  if (!file) throw std::runtime_error(folder + " is no bundle: it has no manifest.json");
-  const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  Bundle bundle{folder, Json::parse(text), ""};
-  for (const auto& [name, entry] : bundle.manifest.at("files", "manifest.json").members("files")) {
-    if (name.size() > 3 && name.substr(name.size() - 3) == ".so") bundle.library = folder + "/" + name;
-  }
-  return bundle;
-}
-
-// One way to run the bundle: a session with or without the kernels, and the loop over it.
-struct Opened {
-  std::unique_ptr<Session> session;
-  std::unique_ptr<Decoder> decoder;
-  double load_ms;
-};
-
-Opened open(const OnnxRuntime& runtime, const Bundle& bundle, const std::string& mode, int threads) {
-  if (mode == "native" && bundle.library.empty()) {
-    throw std::runtime_error(bundle.folder + " has no kernel library: it runs with --modes bodies only");
-  }
-  const double start = now_s();
-  auto session = std::make_unique<Session>(runtime, bundle.folder + "/model.onnx",
-                                           mode == "native" ? bundle.library : std::string(), threads);
-  auto decoder = std::make_unique<Decoder>(runtime, *session);
-  return {std::move(session), std::move(decoder), (now_s() - start) * 1000};
-}
-
-// Generates the recorded tokens again. The first of them, which the manifest calls steady, must come out; at later ones
-// rounding may decide, and processors differ. {"steady", "agree", "of"}: tokens; null where none is recorded and that
-// was allowed.
-Json check_tokens(const Bundle& bundle, const std::string& mode, Decoder& decoder, bool unchecked) {
-  const std::string what = "parity.paths";
-  const Json& record = bundle.recorded(mode);
-  const std::vector<int64_t> prompt = bundle.prompt();
-  if (record.is_null() || prompt.empty()) {
-    if (unchecked) return Json();
-    throw std::runtime_error("the manifest records no tokens of the " + mode +
-                             " path: export with --verify full, or time it with --unchecked");
-  }
-  const double steady = record.at("steady_greedy_tokens", what).number(what + ".steady_greedy_tokens");
-  const std::vector<int64_t> wanted = record.at("greedy_ids", what).integers(what + ".greedy_ids");
-  const std::vector<int64_t> got = decoder.generate(prompt, static_cast<int64_t>(wanted.size()));
-  const auto agree = std::mismatch(wanted.begin(), wanted.end(), got.begin()).first - wanted.begin();
-  const bool all = got == wanted;
-  if (!all && static_cast<double>(agree) < std::max(steady, 1.0) && !(unchecked && steady < 1)) {
-    throw std::runtime_error("the " + mode + " path generates other tokens than at export: " + Json(got).to_string() +
-                             ", expected " + Json(wanted).to_string() +
-                             (steady < 1 ? ". Rounding alone moves the first token of this model: --unchecked" : ""));
-  }
-  Json checked = Json::object();
-  checked.set("steady", steady);
-  checked.set("agree", static_cast<int64_t>(agree));
-  checked.set("of", static_cast<int64_t>(wanted.size()));
+  if (good.empty()) throw std::runtime_error(findings->failed.front().at("reason", "a failure").text("reason"));
+  *modes = good;
   return checked;
 }
 
-// {projection: share of channels that its top-k keeps}, the mean over layers, as the manifest configures it.
-Json configured_density(const Json& manifest) {
-  const Json& rows = manifest.at("sparsity", "manifest.json");
-  if (rows.is_null()) return Json();
-  std::map<std::string, std::pair<double, int64_t>> sums;
-  for (const Json& row : rows.items("sparsity")) {
-    const std::string& name = row.at("name", "sparsity").text("sparsity.name");
-    const double block = row.at("block", "sparsity").number("sparsity.block");
-    const double width = row.at("width", "sparsity").number("sparsity.width");
-    const double kept = row.at("k", "sparsity").number("sparsity.k") / (block > 0 ? block : width);
-    auto& [sum, count] = sums[name.substr(name.rfind('.') + 1)];
-    sum += kept;
-    ++count;
+Findings bench(const Arguments& arguments, const Bundle& bundle) {
+  const Protocol protocol = protocol_of(arguments.prompt_tokens, arguments.generate_tokens, arguments.repetitions);
+  std::vector<std::string> modes = arguments.modes;
+  const size_t rounds = protocol.tests.size() * static_cast<size_t>(arguments.repetitions + 1);
+  const size_t steps = modes.size() * (1 + rounds * arguments.threads.size());
+  size_t step = 0;
+  const auto tell = [&](const std::string& what) { fprintf(stderr, "[%zu/%zu] %s\n", ++step, steps, what.c_str()); };
+  Findings findings;
+  const Checked checked = check(arguments, bundle, &modes, tell, &findings);
+  const Json state_before = describe_state();
+  for (const int threads : arguments.threads) {
+    std::vector<std::pair<std::string, std::unique_ptr<Runner>>> runners;
+    for (const std::string& mode : modes) {
+      try {
+        runners.emplace_back(mode, start(arguments, bundle, {mode, threads}));
+      } catch (const std::exception& error) {
+        findings.failed.push_back(failure(mode, threads, error.what()));
+      }
+    }
+    take_turns(std::move(runners), protocol, threads, tell, &findings);
   }
-  Json density = Json::object();
-  for (const auto& [name, sum] : sums) density.set(name, sum.first / static_cast<double>(sum.second));
-  return density;
+  printf("%s\n", report(arguments, bundle, checked, state_before, findings).to_string().c_str());
+  return findings;
 }
 
-Json generate(const Arguments& arguments, const OnnxRuntime& runtime, const Bundle& bundle, KernelLibrary* kernels) {
-  const std::string mode = arguments.modes.front();
-  Opened opened = open(runtime, bundle, mode, arguments.threads.front());
-  if (kernels != nullptr) kernels->reset_calls();
-  Json report = Json::object();
-  report.set("mode", mode);
-  report.set("tokens", Json(opened.decoder->generate(arguments.ids, arguments.generate_tokens)));
-  report.set("native_calls", kernels != nullptr ? kernels->calls() : Json::object());
-  report.set("onnxruntime", runtime.version());
-  return report;
+// Tokens after given ids, and the calls of kernels that they took: for tests, which count instructions too.
+void generate(const Arguments& arguments, const Bundle& bundle) {
+  const std::string& mode = arguments.modes.front();
+  Opened opened = open(arguments, bundle, {mode, arguments.threads.front()});
+  Json made = Json::object();
+  made.set("mode", mode);
+  made.set("tokens", Json(opened.decoder->generate(arguments.ids, arguments.generate_tokens.front())));
+  made.set("native_calls", opened.kernels ? opened.kernels->calls() : Json::object());
+  made.set("onnxruntime", opened.runtime->version());
+  printf("%s\n", made.to_string().c_str());
 }
 
-Json bench(const Arguments& arguments, const OnnxRuntime& runtime, const Bundle& bundle, KernelLibrary* kernels) {
-  std::vector<int64_t> prompt = bundle.prompt();
-  if (prompt.empty()) prompt = {0, 1, 2, 3};
-  const Protocol protocol{arguments.prompt_tokens, arguments.generate_tokens, arguments.repetitions};
-  Json report = Json::object(), rows = Json::list(), load_ms = Json::object(), ttft_ms = Json::object();
-  report.set("program", "qsparse-device-bench " QSPARSE_VERSION);
-  report.set("bundle", bundle.manifest.at("name", "manifest.json"));
-  report.set("target", bundle.manifest.at("target", "manifest.json"));
-  report.set("onnxruntime", runtime.version());
-  report.set("machine", describe_machine());
-  report.set("state_before", describe_state());
-  Json variants = Json::object();
-  Json checked = Json::object();
-  for (const std::string& mode : arguments.modes) {  // every way is right before any is timed
-    Opened opened = open(runtime, bundle, mode, arguments.threads.front());
-    checked.set(mode, check_tokens(bundle, mode, *opened.decoder, arguments.unchecked));
-    load_ms.set(mode, opened.load_ms);
-    ttft_ms.set(mode, time_to_first_token_ms(*opened.decoder, prompt));
-  }
-  const EnergyMeter energy;
-  for (const std::string& mode : arguments.modes) {
-    for (const int threads : arguments.threads) {
-      fprintf(stderr, "%s, %d threads\n", mode.c_str(), threads);
-      Opened opened = open(runtime, bundle, mode, threads);
-      if (kernels != nullptr) kernels->reset_calls();
-      for (Json& row : measure(*opened.decoder, protocol, prompt, mode, threads)) rows.add(std::move(row));
-      if (mode == "native" && kernels != nullptr) variants = kernels->calls();
+// UsageError for more tokens than the model has positions, or none.
+void require_possible(const Arguments& arguments, const Bundle& bundle) {
+  bool any = false;
+  for (const auto* counts : {&arguments.prompt_tokens, &arguments.generate_tokens}) {
+    for (const int64_t tokens : *counts) {
+      any |= tokens > 0;
+      if (tokens > bundle.most_positions()) {
+        throw UsageError(std::to_string(tokens) + " tokens; the model has " + std::to_string(bundle.most_positions()) +
+                         " positions (-p, -n)");
+      }
     }
   }
-  report.set("checked_tokens", checked);
-  report.set("rows", rows);
-  report.set("ttft_ms", ttft_ms);
-  report.set("load_ms", load_ms);
-  report.set("peak_rss_bytes", peak_rss_bytes());
-  report.set("density", configured_density(bundle.manifest));
-  report.set("variants", variants);
-  report.set("energy_joules", energy.joules());
-  report.set("state_after", describe_state());
-  return report;
+  if (!any) throw UsageError("nothing to measure: -p 0 and -n 0");
+}
+
+// Throws std::runtime_error when `mode` runs kernels that were made for another processor.
+void require_features(const Bundle& bundle, const std::string& mode) {
+  if (!bundle.runs_kernels(mode)) return;
+  const std::string lacks = bundle.lacking(cpu_features());
+  if (lacks.empty()) return;
+  const std::string& target = bundle.manifest.at("target", "manifest.json").at("name", "target").text("target.name");
+  throw std::runtime_error(bundle.folder + " was made for " + target + ", and this processor lacks " + lacks +
+                           ": export it with another --target, or run the function bodies with --modes bodies");
 }
 
 int run(int argc, char** argv) {
@@ -184,34 +120,40 @@ int run(int argc, char** argv) {
     return 0;
   }
   const Bundle bundle = read_bundle(arguments.bundle);
-  const std::string& kind = bundle.manifest.at("kind", "manifest.json").text("kind");
-  if (kind != "decoder")
-    throw std::runtime_error(arguments.bundle + " holds a " + kind + ", which generates no tokens");
+  if (!arguments.session.empty()) arguments.modes = {arguments.session};
   if (arguments.modes.empty()) {
     arguments.modes = {"bodies"};
     if (!bundle.library.empty()) arguments.modes = {"native", "bodies"};
   }
+  for (const std::string& mode : arguments.modes) {
+    require_features(bundle, mode);
+    bundle.graph(mode);
+  }
   for (int& threads : arguments.threads) {
-    if (threads == 0) threads = static_cast<int>(std::thread::hardware_concurrency());
+    if (threads == 0) threads = usable_cores();
   }
-  const OnnxRuntime runtime(arguments.onnxruntime);
-  std::unique_ptr<KernelLibrary> kernels;
-  if (arguments.modes.front() == "native" || arguments.modes.back() == "native") {
-    if (!bundle.library.empty()) {
-      kernels = std::make_unique<KernelLibrary>(bundle.library);
-      fprintf(stderr, "kernels %s, variant %s\n", kernels->version().c_str(), kernels->chosen().c_str());
-    }
+  if (!arguments.session.empty()) {
+    FILE* answers = fdopen(dup(STDOUT_FILENO), "w");
+    dup2(STDERR_FILENO, STDOUT_FILENO);  // whatever a library prints must not get between the answers
+    return serve(arguments, bundle, {arguments.session, arguments.threads.front()}, stdin, answers);
   }
-  const Json report = arguments.ids.empty() ? bench(arguments, runtime, bundle, kernels.get())
-                                            : generate(arguments, runtime, bundle, kernels.get());
-  printf("%s\n", report.to_string().c_str());
-  return 0;
+  if (!arguments.ids.empty()) {
+    generate(arguments, bundle);
+    return 0;
+  }
+  require_possible(arguments, bundle);
+  const Findings findings = bench(arguments, bundle);
+  for (const Json& failed : findings.failed) {
+    fprintf(stderr, "qsparse-device-bench: failed: %s\n", failed.to_string().c_str());
+  }
+  return findings.failed.empty() ? 0 : 1;
 }
 
 }  // namespace
 }  // namespace qsparse_device
 
 int main(int argc, char** argv) {
+  signal(SIGPIPE, SIG_IGN);  // writing to a process that ended fails then, and what it said last can be read
   try {
     return qsparse_device::run(argc, argv);
   } catch (const qsparse_device::UsageError& error) {

@@ -122,6 +122,8 @@ Session::Session(const OnnxRuntime& runtime, const std::string& graph, const std
   if (status == nullptr) status = api.SetInterOpNumThreads(options, 1);
   // As qsparse-run: a thread that spins while it waits takes the core that another one needs.
   if (status == nullptr) status = api.AddSessionConfigEntry(options, "session.intra_op.allow_spinning", "0");
+  // As qsparse-run: the bodies of n-bit products are in float32, and not rounded to 8 bits by the runtime.
+  if (status == nullptr) status = api.AddSessionConfigEntry(options, "session.qdq_matmulnbits_accuracy_level", "1");
   if (status == nullptr && !kernels.empty()) status = api.RegisterCustomOpsLibrary_V2(options, kernels.c_str());
   if (status == nullptr) status = api.CreateSession(env_, graph.c_str(), options, &session_);
   api.ReleaseSessionOptions(options);
