@@ -70,6 +70,9 @@ def sparse_ternary(rng: np.random.Generator) -> Iterator[SparseTernary]:
                 yield SparseTernary(x, weights, max(1, width // 2))
         x = as_type(magnitudes(rng, 9, 2730, "mixed"), dtype)
         yield SparseTernary(x, (ternary_weights(rng, 33, 2730, "normal"),), 1638, rescale=True)
+        for m in (1, 8):
+            x = as_type(magnitudes(rng, m, 70, "normal"), dtype)
+            yield SparseTernary(x, (ternary_weights(rng, 2730, 70, "normal"),), 28)
     same = np.full((1, 11008), 3, np.float32)  # the largest sums
     yield SparseTernary(same, (np.ones((3, 11008), np.int8),), 11008)
     yield SparseTernary(same.repeat(8, 0), (-np.ones((3, 11008), np.int8),), 11008)
@@ -88,6 +91,8 @@ def sparse_matmul(rng: np.random.Generator) -> Iterator[SparseMatMul]:
                 for k in sorted({0, width // 3, width}):
                     x = as_type(magnitudes(rng, 2, width, "normal"), dtype)
                     yield SparseMatMul(x, weights, k, fixed_point=False)
+            x = as_type(magnitudes(rng, 1, 70, "normal"), dtype)
+            yield SparseMatMul(x, integer_weights(rng, (2730,), 70, bits, group), 28, fixed_point=False)
             weights = integer_weights(rng, (65, 1), 2730, bits, group)
             for kind in ("normal", "sparse", "nan and inf"):
                 x = as_type(magnitudes(rng, 2, 2730, kind), dtype)

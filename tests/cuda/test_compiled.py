@@ -3,11 +3,13 @@
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import compiled_kernels
 import pytest
 from compiled_kernels import ARCHITECTURES, ROOT, Build, NoCompiler, resources, run_cmake
+from kernel_runs import tool
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,18 @@ def test_nothing_spills(built: Build) -> None:
     spilling = [row for row in resources(built.log) if row.spill_bytes or row.stack_bytes]
     assert not spilling
     assert max(row.shared_bytes for row in resources(built.log)) <= 48 << 10
+
+
+def test_calls_allocate_nothing_and_wait_for_nothing(built: Build) -> None:
+    """Of CUDA the library names only what launches kernels, asks for an error and counts multiprocessors."""
+    archive = built.folder / "runtimes" / "cuda" / "libqsk_cuda.a"
+    symbols = subprocess.run([tool("nm", "binutils"), "-u", archive], capture_output=True, text=True, check=True).stdout
+    named = set(re.findall(r"U (_*cuda\w+)", symbols))
+    assert "__cudaLaunchKernel" in named or "cudaLaunchKernel" in named
+    launching = r"_*cuda(LaunchKernel|GetKernel|PushCallConfiguration|PopCallConfiguration)(ExC)?"
+    loading = r"__cuda(Un)?[rR]egister(FatBinary|FatBinaryEnd|Function)|__cudaInitModule"
+    asking = r"cuda(GetLastError|GetDevice|DeviceGetAttribute)"
+    assert not [name for name in named if not re.fullmatch(f"{launching}|{loading}|{asking}", name)]
 
 
 def test_the_page_has_the_table(built: Build) -> None:

@@ -26,6 +26,19 @@ def test_cases(emulated: EmulatedKernels, op: str) -> None:
     assert count >= least
 
 
+@pytest.mark.parametrize("multiprocessors", MULTIPROCESSORS)
+def test_float_sums_have_one_order(emulated: EmulatedKernels, multiprocessors: int) -> None:
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((2, 1500)).astype(np.float32)
+    case = SparseMatMul(x, integer_weights(rng, (130,), 1500, 4, 32), 600, fixed_point=False)
+    results = set()
+    for order in ORDERS:
+        call = case.call()
+        assert emulated.status(call, multiprocessors, order) == 0
+        results.add(call.outputs["y"].tobytes())
+    assert len(results) == 1
+
+
 def some_calls() -> list[TopK | Quantize | SparseTernary | SparseMatMul]:
     rng = np.random.default_rng(3)
     x = rng.standard_normal((2, 64)).astype(np.float32)
