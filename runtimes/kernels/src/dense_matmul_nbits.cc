@@ -35,7 +35,7 @@ struct Workspace {
   uint8_t* x;        // [m, x_bytes]
   bool* is_bad;      // [m]
   float* y;          // [workers, m, piece_outputs]
-  float* scales;     // [workers, scales_stride] those of an output in float
+  float* scales;     // [workers, scales_stride] those of some outputs in float
   int64_t scales_stride;
   int64_t bytes;
 };
@@ -47,7 +47,7 @@ Workspace lay_out(const Plan& plan, void* base) {
   work.x = scratch.take<uint8_t>(plan.args.m * plan.x_bytes);
   work.is_bad = scratch.take<bool>(plan.args.m);
   work.y = scratch.take<float>(plan.workers * plan.args.m * plan.piece_outputs);
-  work.scales_stride = round_up(ceil_div(plan.args.k, plan.args.group) + kLanes, kLanes);
+  work.scales_stride = round_up(kDenseBlock * ceil_div(plan.args.k, plan.args.group), kLanes);
   work.scales = scratch.take<float>(plan.workers * work.scales_stride);
   work.bytes = scratch.used();
   return work;

@@ -41,7 +41,9 @@ struct ScalePosition {
   // The scale of each lane's inputs; lanes beyond the last input get the last scale.
   F8 lanes(const float* scales) const {
     if (kScales == Scales::kForSteps) return splat(scales[first]);
-    if (kScales == Scales::kForHalfSteps) return splat_pair(scales + first);
+    if (kScales == Scales::kForHalfSteps) {
+      return first + 1 < groups ? splat_pair(scales + first) : splat(scales[first]);
+    }
     float lane[kLanes];
     for (int64_t j = 0; j < kLanes; ++j) {
       const int64_t of_lane = (step * kDenseStepInputs<Bits> + j * (32 / Bits)) / group;
@@ -54,16 +56,15 @@ struct ScalePosition {
   int64_t step = 0, first = 0;
 };
 
-// The scales of one output in float, the last one twice.
-inline void widen_scales(const uint16_t* scales, int64_t groups, float* wide) {
+// `count` float16 scales in float.
+inline void widen(const uint16_t* scales, int64_t count, float* wide) {
   int64_t i = 0;
-  for (; i + kLanes <= groups; i += kLanes) store(wide + i, load_half(scales + i));
-  if (i < groups) {
+  for (; i + kLanes <= count; i += kLanes) store(wide + i, load_half(scales + i));
+  if (i < count) {
     uint16_t last[kLanes] = {};
-    memcpy(last, scales + i, (groups - i) * sizeof *scales);
+    memcpy(last, scales + i, (count - i) * sizeof *scales);
     store(wide + i, load_half(last));
   }
-  wide[groups] = wide[groups - 1];
 }
 
 template <int Bits>
@@ -85,20 +86,20 @@ I8 step_sums(const uint8_t* words, const DenseStep<Bits>& x) {
 constexpr int64_t kAheadBytes = 8 << 10;  // of weights, which lie in order
 
 template <int Bits, Scales kScales>
-float dense_output(const DenseRows& rows, const uint8_t* w, const DenseStep<Bits>* x) {
+float dense_output(const DenseRows& rows, const uint8_t* w, const float* scales, const DenseStep<Bits>* x) {
   const int64_t whole_steps = rows.row_bytes / 32;
   F8 total = zero();
   ScalePosition<Bits, kScales> position(rows);
   for (int64_t step = 0; step < whole_steps; ++step, position.advance()) {
     const uint8_t* const words = w + step * 32;
     __builtin_prefetch(words + kAheadBytes);
-    const F8 scale = mul(splat(x[step].unit), position.lanes(rows.wide));
+    const F8 scale = mul(splat(x[step].unit), position.lanes(scales));
     total = add(total, mul(from_int(step_sums<Bits>(words, x[step])), scale));
   }
   if (whole_steps < rows.steps) {
     uint8_t last[32] = {};
     memcpy(last, w + whole_steps * 32, rows.row_bytes - whole_steps * 32);
-    const F8 scale = mul(splat(x[whole_steps].unit), position.lanes(rows.wide));
+    const F8 scale = mul(splat(x[whole_steps].unit), position.lanes(scales));
     total = add(total, mul(from_int(step_sums<Bits>(last, x[whole_steps])), scale));
   }
   return sum(total);
@@ -107,11 +108,17 @@ float dense_output(const DenseRows& rows, const uint8_t* w, const DenseStep<Bits
 template <int Bits, Scales kScales>
 void dense_outputs(const DenseRows& rows, float* y) {
   const auto* x = static_cast<const DenseStep<Bits>*>(rows.x);
+  const int64_t groups = rows.scales_stride;
   for (int64_t n = 0; n < rows.outputs; ++n) {
-    widen_scales(rows.scales + n * rows.scales_stride, rows.scales_stride, rows.wide);
+    const int64_t of_block = n % kDenseBlock;
+    if (of_block == 0) {
+      const int64_t block = rows.outputs - n < kDenseBlock ? rows.outputs - n : kDenseBlock;
+      widen(rows.scales + n * groups, block * groups, rows.wide);
+    }
     const uint8_t* const w = rows.w + n * rows.row_bytes;
     for (int64_t row = 0; row < rows.rows; ++row) {
-      y[row * rows.y_stride + n] = dense_output<Bits, kScales>(rows, w, x + row * rows.steps);
+      y[row * rows.y_stride + n] =
+          dense_output<Bits, kScales>(rows, w, rows.wide + of_block * groups, x + row * rows.steps);
     }
   }
 }

@@ -57,6 +57,8 @@ struct DenseStep {
   float padding[7];  // to whole vectors
 };
 
+constexpr int64_t kDenseBlock = 16;  // outputs whose scales are converted together
+
 // Some outputs of a matrix that is read output by output.
 struct DenseRows {
   const uint8_t* w;  // [outputs, row_bytes]
@@ -64,7 +66,7 @@ struct DenseRows {
   const uint16_t* scales;  // float16 [outputs, scales_stride]
   int64_t scales_stride;
   int64_t group;  // inputs that share a scale
-  float* wide;    // [scales_stride + 1] rounded up to whole vectors, workspace
+  float* wide;    // [kDenseBlock * scales_stride] rounded up to whole vectors, workspace
   int64_t outputs;
   int64_t steps;
   const void* x;  // [rows, steps] DenseStep
