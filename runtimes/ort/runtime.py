@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qsparse_export.errors import BundleError
+from qsparse_export.errors import BundleError, UsageError
 from qsparse_export.ops.cached_attention import SHARED_CACHE
 from qsparse_export.runtimes.base import NativeCalls, subtract_calls
 from qsparse_export.runtimes.ort import bundled, library
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from qsparse_export.targets.target import Target
 
+SPIN_VARIABLE = "QSPARSE_SPIN"
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 
@@ -87,8 +89,8 @@ class OrtSession:
         if isinstance(graph, bytes):
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         # A thread that spins while it waits takes the core that another program, or the next kernel, needs: on two cores
-        # that one other process shares, generation is twice as fast without.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # that one other process shares, generation is twice as fast without. Alone it is up to a tenth slower.
+        options.add_session_config_entry("session.intra_op.allow_spinning", _spinning())
         # In the bodies of n-bit products ONNX Runtime would round the activations to 8 bits, of its own accord: half a percent
         # of error in each product. 1: products in float32, as the ops are defined.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
@@ -158,3 +160,11 @@ class OrtSession:
     def native_calls(self) -> NativeCalls:
         """See :class:`qsparse_export.runtimes.base.Session`; counts of the whole process since this session opened."""
         return subtract_calls(self._library.calls(), self._before) if self._library else {}
+
+
+def _spinning() -> str:
+    """ "1" where threads shall spin between kernels, by the user's word; UsageError for another one."""
+    word = os.environ.get(SPIN_VARIABLE, "0")
+    if word not in ("0", "1"):
+        raise UsageError(f"{SPIN_VARIABLE} is {word!r}; expected 0 or 1")
+    return word

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
@@ -120,8 +121,10 @@ Session::Session(const OnnxRuntime& runtime, const std::string& graph, const std
   runtime.require(api.CreateSessionOptions(&options), "session options");
   OrtStatus* status = api.SetIntraOpNumThreads(options, threads);
   if (status == nullptr) status = api.SetInterOpNumThreads(options, 1);
-  // As qsparse-run: a thread that spins while it waits takes the core that another one needs.
-  if (status == nullptr) status = api.AddSessionConfigEntry(options, "session.intra_op.allow_spinning", "0");
+  // As qsparse-run: a thread that spins while it waits takes the core that another one needs, so only where asked to.
+  const char* const word = std::getenv("QSPARSE_SPIN");
+  const char* const spins = word != nullptr && std::strcmp(word, "1") == 0 ? "1" : "0";
+  if (status == nullptr) status = api.AddSessionConfigEntry(options, "session.intra_op.allow_spinning", spins);
   // As qsparse-run: the bodies of n-bit products are in float32, and not rounded to 8 bits by the runtime.
   if (status == nullptr) status = api.AddSessionConfigEntry(options, "session.qdq_matmulnbits_accuracy_level", "1");
   if (status == nullptr && !kernels.empty()) status = api.RegisterCustomOpsLibrary_V2(options, kernels.c_str());
