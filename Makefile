@@ -13,6 +13,7 @@ INDEX   := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 # npm writes this file last. Without npm the tests in tests/web fail, and say what to install.
 NODE_PACKAGES := $(if $(shell command -v npm 2>/dev/null), \
   $(addsuffix /node_modules/.package-lock.json,samples/04_web tests/web))
+COMMA   := ,
 
 .PHONY: demo test lint format install clean
 
@@ -26,12 +27,12 @@ lint: $(VENV)/.tested
 	$(VENV)/bin/ruff check -q .
 	$(VENV)/bin/ruff format -q --check .
 	cd $(VENV) && bin/mypy --config-file $(CURDIR)/pyproject.toml -p qsparse_export
-	git ls-files '*.cc' '*.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	git ls-files '*.cc' '*.h' '*.cu' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 format: $(VENV)/.tested
 	$(VENV)/bin/ruff check -q --fix .
 	$(VENV)/bin/ruff format -q .
-	git ls-files '*.cc' '*.h' | xargs $(VENV)/bin/clang-format -i
+	git ls-files '*.cc' '*.h' '*.cu' | xargs $(VENV)/bin/clang-format -i
 
 install: $(VENV)/.installed
 
@@ -50,7 +51,7 @@ $(VENV)/.installed: $(SOURCES) $(VENV)/.torch
 	touch $@
 
 $(VENV)/.tested: $(SOURCES) $(VENV)/.torch
-	$(PIP) install '.[dev,hf,genai,bench]'
+	$(PIP) install '.[dev,hf,genai,bench$(if $(shell command -v nvcc),,$(COMMA)cuda)]'
 	touch $@ $(VENV)/.installed
 
 %/node_modules/.package-lock.json: %/package-lock.json

@@ -9,7 +9,14 @@ namespace qsparse_ort {
 namespace {
 
 constexpr int64_t kMostVariants = 16;
-std::atomic<int64_t> calls[kOpCount][kMostVariants];
+constexpr int64_t kCuda = kMostVariants;
+std::atomic<int64_t> calls[kOpCount][kMostVariants + 1];
+
+void append_count(std::string& counts, const char* variant, int64_t count) {
+  if (count == 0) return;
+  counts += counts.empty() ? "" : ", ";
+  counts += '"' + std::string(variant) + "\": " + std::to_string(count);
+}
 
 }  // namespace
 
@@ -24,6 +31,8 @@ void count_call(Op op, const qsk_variant* variant) {
   calls[op][qsk_variant_position(variant)].fetch_add(1, std::memory_order_relaxed);
 }
 
+void count_cuda_call(Op op) { calls[op][kCuda].fetch_add(1, std::memory_order_relaxed); }
+
 }  // namespace qsparse_ort
 
 int64_t qsparse_ort_calls(char* json, int64_t capacity) {
@@ -32,11 +41,9 @@ int64_t qsparse_ort_calls(char* json, int64_t capacity) {
   for (int op = 0; op < kOpCount; ++op) {
     std::string counts;
     for (int64_t i = 0; i < qsk_variant_count() && i < kMostVariants; ++i) {
-      const int64_t count = calls[op][i].load(std::memory_order_relaxed);
-      if (count == 0) continue;
-      counts += counts.empty() ? "" : ", ";
-      counts += '"' + std::string(qsk_variant_name(qsk_variant_at(i))) + "\": " + std::to_string(count);
+      append_count(counts, qsk_variant_name(qsk_variant_at(i)), calls[op][i].load(std::memory_order_relaxed));
     }
+    append_count(counts, "cuda", calls[op][kCuda].load(std::memory_order_relaxed));
     if (counts.empty()) continue;
     text += text.size() > 1 ? ", " : "";
     text += '"' + std::string(op_name(static_cast<Op>(op))) + "\": {" + counts + "}";

@@ -22,6 +22,8 @@ enum Op {
 const char* op_name(Op op);
 
 void count_call(Op op, const qsk_variant* variant);
+// Of a kernel for NVIDIA GPUs; shown as the variant "cuda".
+void count_cuda_call(Op op);
 
 }  // namespace qsparse_ort
 

@@ -33,7 +33,12 @@ extern "C" QSK_API OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* 
   OrtCustomOpDomain* domain = nullptr;
   QSPARSE_RETURN_IF_ERROR(api->CreateCustomOpDomain("ai.qsparse", &domain));
   keep(domain);
-  for (const auto& ops : {topk_ops(), ternary_ops(), sparse_matmul_ops(), head_ops(), decoder_ops()}) {
+  std::vector<std::vector<const OrtCustomOp*>> all = {topk_ops(), ternary_ops(), sparse_matmul_ops(), head_ops(),
+                                                      decoder_ops()};
+#ifdef QSPARSE_WITH_CUDA  // libqsparse_ort_cuda: a session takes a domain from one library only
+  all.push_back(cuda_ops());
+#endif
+  for (const auto& ops : all) {
     for (const OrtCustomOp* op : ops) QSPARSE_RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, op));
   }
   return api->AddCustomOpDomain(options, domain);

@@ -22,6 +22,7 @@ std::vector<const OrtCustomOp*> ternary_ops();
 std::vector<const OrtCustomOp*> sparse_matmul_ops();
 std::vector<const OrtCustomOp*> head_ops();
 std::vector<const OrtCustomOp*> decoder_ops();
+std::vector<const OrtCustomOp*> cuda_ops();  // runtimes/cuda/ort_ops.cc: in libqsparse_ort_cuda only
 
 // Shape inference gets no api argument; set by RegisterCustomOps.
 extern const OrtApi* inference_api;

@@ -97,7 +97,7 @@ def integer_weights(rng: np.random.Generator, outputs: tuple[int, ...], k: int, 
 
 @dataclass(frozen=True)
 class SparseMatMul:
-    """A selection and several matrices on the same x."""
+    """A selection and several matrices on the same x; ``fixed_point``: activations may be rounded to 16 bits."""
 
     x: np.ndarray
     weights: Weights
@@ -105,6 +105,7 @@ class SparseMatMul:
     block: int = 0
     rescale: bool = False
     workers: int = 1
+    fixed_point: bool = True
 
     def call(self) -> Call:
         (m, k), n = self.x.shape, np.array(self.weights.outputs, np.int64)
@@ -127,7 +128,7 @@ class SparseMatMul:
         size = np.abs(masked[~bad]) @ (np.abs(self.weights.values) + self.weights.uncertain).T
         roundings = self.x.shape[1] + 16  # one per channel; per group, part and store; of x where it is rescaled
         allowed = 2 * roundings * EPS * size + SMALLEST
-        if self.weights.group:
+        if self.weights.group and self.fixed_point:
             rounding = largest_of_group(masked[~bad], self.weights.group) * FIXED_POINT + LEAST_MAGNITUDE
             allowed = allowed + rounding @ (np.abs(self.weights.values) + self.weights.uncertain).T
         with np.errstate(over="ignore"):

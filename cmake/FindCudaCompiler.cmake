@@ -1,0 +1,18 @@
+# Sets QSK_CUDA_FOUND: whether the kernels for NVIDIA GPUs are to be built. QSK_BUILD_CUDA=ON without nvcc is an error;
+# AUTO says that they are left out.
+set(QSK_CUDA_FOUND FALSE)
+if(NOT QSK_BUILD_CUDA MATCHES "^(ON|OFF|AUTO)$")
+  message(FATAL_ERROR "QSK_BUILD_CUDA is '${QSK_BUILD_CUDA}'; expected ON, OFF or AUTO")
+endif()
+if(NOT QSK_BUILD_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  check_language(CUDA)
+  set(QSK_CUDA_HINT "install CUDA 13, or the Python packages of the extra [cuda], and put nvcc on the path")
+  if(CMAKE_CUDA_COMPILER)
+    set(QSK_CUDA_FOUND TRUE)
+  elseif(QSK_BUILD_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "QSK_BUILD_CUDA is ON and there is no nvcc: ${QSK_CUDA_HINT}")
+  else()
+    message(STATUS "The kernels for NVIDIA GPUs are left out, since there is no nvcc: ${QSK_CUDA_HINT}")
+  endif()
+endif()

@@ -1,0 +1,264 @@
+// Fibers begin on their own stacks with makecontext and then change places with _setjmp and _longjmp, which make no
+// system call.
+#include "emulation.h"
+
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <numeric>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace emulated {
+namespace {
+
+constexpr size_t kStackBytes = 128 << 10;
+constexpr size_t kSharedLimit = 48 << 10;
+constexpr int kMostThreads = 1024;
+
+struct Barrier {
+  const char* what = nullptr;
+  int expected = 0;
+  int arrived = 0;
+  unsigned generation = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  alignas(8) char slots[2][kWarp][kExchangeBytes];  // of this exchange, and of the last one, which may still be read
+};
+
+struct Fiber {
+  Thread index = {};
+  jmp_buf state;
+  char* stack = nullptr;
+  bool has_started = false;
+  bool is_done = false;
+  const Barrier* awaited = nullptr;
+  unsigned awaited_generation = 0;
+  unsigned exchanges = 0;
+};
+
+struct Shared {
+  void* storage;
+  size_t bytes;
+};
+
+std::string failure;
+int order_seed = 0;
+std::vector<Shared> shared_objects;
+std::vector<Fiber> fibers;
+std::vector<Warp> warps;
+Barrier block_barrier;
+Fiber* current = nullptr;
+dim3 block, grid;
+const std::function<void()>* body = nullptr;
+jmp_buf scheduler;
+
+void fail(const std::string& message) {
+  if (failure.empty()) failure = message;
+}
+
+void yield() {
+  if (_setjmp(current->state) == 0) _longjmp(scheduler, 1);
+}
+
+void wait_at(Barrier& barrier, const char* what) {
+  if (barrier.arrived == 0) barrier.what = what;
+  if (strcmp(barrier.what, what) != 0) {
+    fail("threads that must do the same are in " + std::string(barrier.what) + " and " + what);
+  }
+  const unsigned generation = barrier.generation;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  current->awaited = &barrier;
+  current->awaited_generation = generation;
+  yield();
+  current->awaited = nullptr;
+}
+
+// A fiber lives on for the same thread of the next block.
+void begin_fiber() {
+  for (;;) {
+    (*body)();
+    current->is_done = true;
+    yield();
+  }
+}
+
+void* new_stack() {
+  void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (stack == MAP_FAILED) {
+    perror("emulation: no memory for a fiber's stack");
+    abort();
+  }
+  return stack;
+}
+
+void resume(Fiber& fiber) {
+  current = &fiber;
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.has_started) _longjmp(fiber.state, 1);
+  fiber.has_started = true;
+  if (fiber.stack == nullptr) fiber.stack = static_cast<char*>(new_stack());
+  ucontext_t start;
+  getcontext(&start);
+  start.uc_stack.ss_sp = fiber.stack;
+  start.uc_stack.ss_size = kStackBytes;
+  start.uc_link = nullptr;
+  makecontext(&start, begin_fiber, 0);
+  setcontext(&start);
+}
+
+bool is_waiting(const Fiber& fiber) {
+  return fiber.awaited != nullptr && fiber.awaited->generation == fiber.awaited_generation;
+}
+
+void poison_shared() {
+  for (const Shared& object : shared_objects) memset(object.storage, 0xA5, object.bytes);
+}
+
+// The numbers 0..count-1 in the order that was asked for.
+std::vector<int> turns(int count) {
+  std::vector<int> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  if (order_seed == 1) std::reverse(order.begin(), order.end());
+  if (order_seed > 1) std::shuffle(order.begin(), order.end(), std::minstd_rand(order_seed));
+  return order;
+}
+
+// Lets the lanes of a warp take turns until all of them have ended or wait for other warps. Whether any could go on.
+bool run_ahead(int warp, const std::vector<int>& lanes, int* done) {
+  bool has_moved = false;
+  for (bool moves = true; moves && failure.empty();) {
+    moves = false;
+    for (int lane : lanes) {
+      Fiber& fiber = fibers[warp * kWarp + lane];
+      if (fiber.is_done || is_waiting(fiber)) continue;
+      resume(fiber);
+      moves = has_moved = true;
+      *done += fiber.is_done;
+      if (!failure.empty()) break;
+    }
+  }
+  return has_moved;
+}
+
+// Each warp runs as far ahead of the others as barriers let it.
+void run_block(int threads, const std::vector<int>& warp_order, const std::vector<int>& lane_order) {
+  poison_shared();
+  block_barrier = {};
+  block_barrier.expected = threads;
+  for (Warp& warp : warps) {
+    warp.barrier = {};
+    warp.barrier.expected = kWarp;
+  }
+  for (int i = 0; i < threads; ++i) {
+    fibers[i].index.x = i;
+    fibers[i].is_done = false;
+    fibers[i].exchanges = 0;
+  }
+  int done = 0;
+  while (done < threads) {
+    bool has_moved = false;
+    for (int warp : warp_order) {
+      has_moved |= run_ahead(warp, lane_order, &done);
+      if (!failure.empty()) return;
+    }
+    if (has_moved) continue;
+    const auto waits = [](const Fiber& fiber) { return !fiber.is_done && fiber.awaited != nullptr; };
+    const Fiber& stuck = *std::find_if(fibers.begin(), fibers.end(), waits);
+    fail("thread " + std::to_string(stuck.index.x) + " waits in " + stuck.awaited->what + " for others that " +
+         (done > 0 ? "have ended or " : "") + "wait elsewhere");
+    return;
+  }
+}
+
+std::string limits_broken(int threads) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return "a grid without blocks";
+  if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) return "a grid beyond CUDA's limits";
+  if (threads % kWarp != 0 || threads > kMostThreads) return "a block that is not of whole warps, or too large";
+  return "";
+}
+
+}  // namespace
+
+void run_grid(dim3 grid_dim, int threads, const std::function<void()>& kernel) {
+  grid = grid_dim;
+  fail(limits_broken(threads));
+  if (!failure.empty()) return;
+  body = &kernel;
+  fibers.resize(std::max<size_t>(fibers.size(), threads));
+  warps.resize(threads / kWarp);
+  const std::vector<int> warp_order = turns(threads / kWarp), lane_order = turns(kWarp);
+  for (block.z = 0; block.z < grid.z; ++block.z) {
+    for (block.y = 0; block.y < grid.y; ++block.y) {
+      for (block.x = 0; block.x < grid.x; ++block.x) {
+        run_block(threads, warp_order, lane_order);
+        if (failure.empty()) continue;
+        for (Fiber& fiber : fibers) {  // wherever they are, they begin anew
+          fiber.has_started = false;
+          fiber.awaited = nullptr;
+        }
+        return;
+      }
+    }
+  }
+}
+
+bool has_failed() { return !failure.empty(); }
+const Thread& thread_index() { return current->index; }
+const dim3& block_index() { return block; }
+const dim3& grid_size() { return grid; }
+
+void wait_for_block() { wait_at(block_barrier, "__syncthreads"); }
+
+const char* exchange(const char* what, const void* own, size_t bytes) {
+  Warp& warp = warps[current->index.x / kWarp];
+  auto& slots = warp.slots[current->exchanges++ % 2];
+  memcpy(slots[current->index.x % kWarp], own, bytes);
+  wait_at(warp.barrier, what);
+  return slots[0];
+}
+
+void register_shared(void* storage, size_t bytes) {
+  if (bytes > kSharedLimit) fail(std::to_string(bytes) + " bytes of shared memory");
+  memset(storage, 0xA5, bytes);
+  shared_objects.push_back({storage, bytes});
+}
+
+void multiply_tiles(int (&c)[4], const int (&a)[4], const int (&b)[2]) {
+  const int own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  const char* all = exchange("mma", own, sizeof own);
+  const int lane = current->index.x % kWarp;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+    for (int four = 0; four < 8; ++four) {  // the lane and register that hold k = 4 four .. 4 four + 3
+      int of_a[6], of_b[6];
+      memcpy(of_a, all + kExchangeBytes * (row % 8 * 4 + four % 4), sizeof of_a);
+      memcpy(of_b, all + kExchangeBytes * (column * 4 + four % 4), sizeof of_b);
+      c[i] = emulated_dot(of_a[row / 8 + 2 * (four / 4)], of_b[4 + four / 4], c[i]);
+    }
+  }
+}
+
+}  // namespace emulated
+
+// For the tests: the failure since the last time it was asked for, "" for none.
+extern "C" const char* emulated_take_failure() {
+  static std::string taken;
+  taken = std::exchange(emulated::failure, std::string());
+  return taken.c_str();
+}
+
+// The order in which the threads of a block take turns: 0 ascending, 1 descending, beyond that shuffled.
+extern "C" void emulated_set_order(int seed) { emulated::order_seed = seed; }
