@@ -124,8 +124,8 @@ def page(reports: list[dict]) -> str:
     """Markdown: a table per report, ratios of the first bundle to each peer."""
     parts = ["# Whole models and their peers\n"]
     parts.append(
-        "Made by [samples/05_whole_models/compare.py](../samples/05_whole_models/compare.py), which has the commands. "
-        "All run in turns, with threads that spin between kernels. Ours is driven from Python, which takes about 0.3 ms of each token."
+        "Made by [samples/05_whole_models/compare.py](../samples/05_whole_models/compare.py), which has the commands. All run in "
+        "turns, with threads that spin between kernels. Ours is driven from Python, which takes about 0.3 ms of each token."
     )
     for report in reports:
         machine = report["machine"]
