@@ -25,7 +25,7 @@ class Product:
 
     ``linears``: the PyTorch modules it stands for. ``weight_bytes``: of weights that nothing else reads; with ``skips``
     one row of them per input channel, read only where the channel is active. The node itself keeps ``kept`` channels of
-    every ``block`` (0: of the row) and, with ``quantises``, drops what int8 rounds to 0.
+    every ``block`` (0: of the row) and, with ``quantises``, drops what int8 rounds to 0. It gives ``outputs`` values per row.
     """
 
     op: str
@@ -38,6 +38,7 @@ class Product:
     block: int
     quantises: bool
     rescales: bool
+    outputs: int
 
     def active(self, x: np.ndarray) -> np.ndarray:
         """int64 [rows]: the channels of each row of ``x`` [..., channels] whose weights contribute to the result."""
@@ -106,7 +107,10 @@ def _reads_one_row(node: ir.Node, position: int) -> bool:
 
 
 def _width(node: ir.Node) -> int | None:
-    x = node.inputs[0]
+    return _width_of(node.inputs[0])
+
+
+def _width_of(x: ir.Value | None) -> int | None:
     width = x.shape[-1] if x is not None and x.shape is not None and len(x.shape) else None
     return width if isinstance(width, int) else None
 
@@ -143,6 +147,7 @@ def _product(node: ir.Node, weights: list[ir.Value]) -> Product:
         block=attributes["block"].as_int() if attributes else 0,
         quantises=node.domain == DOMAIN and node.op_type in _QUANTISING,
         rescales="rescale" in attributes and attributes["rescale"].as_string() != "none",
+        outputs=_width_of(node.outputs[0]) or 0,
     )
 
 

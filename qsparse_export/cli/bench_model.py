@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qsparse_export.cli import bench_remote
 from qsparse_export.cli.console import print_json, say
-from qsparse_export.errors import MeasurementError, QSparseError
+from qsparse_export.errors import MeasurementError, QSparseError, UsageError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -31,6 +31,7 @@ examples
   qsparse-bench smollm2 -p 128 -n 64 -t 1,2 --dense           what sparsity gains: the same weights, every mask open
   qsparse-bench smollm2 -p 0 -n 32 --no-native --dense -r 3   generation only, all three modes
   qsparse-bench smollm2 -o json > smollm2.json
+  qsparse-bench bitnet --roofline                             what an H100, an A100, a 4090 or an Orin could do at best
   qsparse-bench --remote pi@raspberrypi smollm2-pi --device "Pi 5" -o json > pi5.json
 
 --remote needs a bundle that was exported for that device with --with-bench, ssh here and a login there that asks nothing.
@@ -63,6 +64,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also with the function bodies instead of the kernels: rows of the mode bodies",
     )
+    made.add_argument(
+        "--roofline",
+        action="store_true",
+        help="measure nothing: what GPUs could do at best, from bytes and data sheets",
+    )
     made.add_argument("--device", metavar="NAME", help="what to call this machine in merged reports")
     made.add_argument("-o", "--output", choices=FORMATS, default="md", help="format (default md)")
     bench_remote.add_options(made)
@@ -82,6 +88,9 @@ def _counts(text: str) -> list[int]:
 def command(argv: Sequence[str]) -> None:
     """Measures and prints; raises QSparseError."""
     arguments = parser().parse_args(argv)
+    if arguments.roofline:
+        _roofline(arguments)
+        return
     bench_remote.require_consistent(arguments)
     from tqdm import tqdm
 
@@ -110,6 +119,23 @@ def command(argv: Sequence[str]) -> None:
     print(model_report.spell(measured, arguments.output), flush=True)
     if measured.failed:
         raise MeasurementError(f"some modes have no rows: {'; '.join(map(str, measured.failed))}")
+
+
+def _roofline(arguments: argparse.Namespace) -> None:
+    import onnx_ir
+
+    from qsparse_export.bench.roofline import roofline, spell
+    from qsparse_export.bundle import Bundle
+
+    if arguments.remote or arguments.dense or arguments.no_native or arguments.output not in ("md", "json"):
+        raise UsageError("--roofline measures nothing: it goes with -o md or -o json alone")
+    bundle = Bundle.load(arguments.bundle)
+    bundle.decoder_shape()  # of a decoder, or refused
+    found = roofline(onnx_ir.load(bundle.path / "model.onnx"))
+    if arguments.output == "json":
+        print_json({"model": bundle.manifest["name"], **found.to_dict()})
+    else:
+        print(spell(found))
 
 
 def _plan(arguments: argparse.Namespace, bundle: Bundle) -> Plan:
