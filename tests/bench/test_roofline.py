@@ -23,7 +23,10 @@ def graph():
     """Two sparse float products that share a name, and one that reads all: 128 MB each."""
     sparse = 'SparseMatMul <k = 2048, block = 0, rescale = "none", n = [8192]>'
     weights = {name: np.zeros((K, N), np.float32) for name in ("a.up.weight_t", "b.up.weight_t")}
-    text = f'u = ai.qsparse.{sparse} (x, "a.up.weight_t") v = ai.qsparse.{sparse} (x, "b.up.weight_t") w = Add (u, v) y = MatMul (w, "head.weight_t")'
+    text = (
+        f'u = ai.qsparse.{sparse} (x, "a.up.weight_t") v = ai.qsparse.{sparse} (x, "b.up.weight_t") '
+        'w = Add (u, v) y = MatMul (w, "head.weight_t")'
+    )
     return graph_of(
         f"(float[1, {K}] x) => (float[1, {K}] y)", text, weights | {"head.weight_t": np.zeros((N, K), np.float32)}
     )
