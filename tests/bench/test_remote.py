@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from bench_bundles import QUICK, altered, installed_onnxruntime, with_other_tokens
 from loopback_sshd import free_port, loopback_sshd
-from process_tree import is_alive
+from process_tree import is_alive, kill_if_alive
 
 from qsparse_export.bench.device_report import measurement_of
 from qsparse_export.bench.merged import read_failures, read_reports
@@ -245,7 +245,11 @@ def test_interrupted_it_ends_the_program_there_and_removes_its_files(device, dev
         time.sleep(0.05)
     assert left(device)
     os.killpg(process.pid, how)
-    out, said = process.communicate(timeout=60)
+    try:
+        out, said = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        kill_if_alive(process.pid)
+        raise
     assert process.returncode == 130 and out == b"" and b"Traceback" not in said
     await_end(int(running.read_text()))
 

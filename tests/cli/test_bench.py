@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from process_tree import children
+from process_tree import children, kill_if_alive
 
 import qsparse_export as qs
 from qsparse_export.config import ModelConfig, SparsityRule, TopK
@@ -73,7 +73,12 @@ def test_interrupted_in_the_middle_leaves_no_process_and_no_file(bundle, tmp_pat
         time.sleep(0.05)
     assert len(started) == 2 and list(tmp_path.glob("qsparse-bench-*"))
     os.killpg(process.pid, how)  # as a terminal does: to every process of the command
-    out, errors = process.communicate(timeout=60)
+    try:
+        out, errors = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        for pid in [process.pid, *started]:
+            kill_if_alive(pid)
+        raise
     assert process.returncode == 130 and out == b"" and b"Traceback" not in errors
     while (left := [pid for pid in started if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
         time.sleep(0.05)  # until their parent's parent has noticed
