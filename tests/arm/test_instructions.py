@@ -25,5 +25,5 @@ def test_dot_product_saves_instructions(counted):
 def test_counts_repeat(counted, bundle, emulator, onnxruntime):
     again = per_token(emulator("cortex-a76"), bundle("bitnet").path, onnxruntime, "native")
     assert again == pytest.approx(
-        counted["cortex-a76", "native"], rel=0.02
-    )  # loading varies by some 10,000 of 150 million
+        counted["cortex-a76", "native"], rel=0.05
+    )  # loading varies by up to 80,000 of 150 million
