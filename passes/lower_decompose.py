@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
 
@@ -46,8 +46,8 @@ class Decompose(Pass):
                 raise UsageError(f"decompose: ONNX has no op {op!r}")
             if not onnx.defs.has(op, opset, ""):
                 continue  # younger than the graph, which cannot hold it
-            schema = onnx.defs.get_schema(op, opset, "")
-            if not (schema.has_function or schema.has_context_dependent_function):  # type: ignore[attr-defined]
+            schema: Any = onnx.defs.get_schema(op, opset, "")  # onnx's stub lacks the two properties
+            if not (schema.has_function or schema.has_context_dependent_function):
                 raise UsageError(
                     f"decompose: ONNX defines {op} by words alone; only ops with a function body have a lower form"
                 )

@@ -82,7 +82,6 @@ def test_external_data_of_the_original(tmp_path):
 
 @pytest.mark.parametrize("storage", ["divide", "online"])
 def test_a_bitnet_of_transformers(tmp_path, storage):
-    pytest.importorskip("transformers", reason="it wrote the model, from the extra [hf]")
     from bitnet_folders import masters, write
 
     class Logits(nn.Module):

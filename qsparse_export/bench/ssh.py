@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import subprocess
 import threading
@@ -126,7 +127,8 @@ class _Talk:
 
     def _read(self) -> None:
         chunks, size = [], 0
-        while chunk := _open(self.process.stdout).read1(1 << 16):  # type: ignore[attr-defined]
+        pipe = _open(self.process.stdout).fileno()
+        while chunk := os.read(pipe, 1 << 16):  # what has come, not all of that
             chunks.append(chunk)
             size += len(chunk)
             if size > _MOST_BYTES:

@@ -6,6 +6,13 @@
         --llama-bench build/bin/llama-bench --gguf tq2_0.gguf -t 1,2 -o bitnet.json
     python samples/05_whole_models/compare.py --page docs/whole-models.md bitnet.json smollm2.json
 
+    qsparse-export SmolLM2.gguf --sparse-ratio 0.25 --sparse-ratio down=0.5 --weights int4 --head int4 --logits last -o smollm2
+    llama-quantize --allow-requantize SmolLM2.gguf smollm2-q4_0.gguf q4_0
+    python -m onnxruntime_genai.models.builder -i smollm2-hf -o smollm2-genai -p int4 -e cpu --extra_options int4_accuracy_level=4
+
+The page in docs/ had -n 48 -r 4 for BitNet and -n 64 -r 5 for SmolLM2. tq2_0.gguf is the same shape with random weights, its head
+q6_K; smollm2-hf the GGUF's tensors as a transformers folder.
+
 --bundle: a folder of qsparse-export, timed by qsparse-bench. --gguf: a file for llama-bench of llama.cpp. --genai: a folder of
 onnxruntime-genai's model builder, timed by the loop of its own model benchmark (one token fed, one chosen). Each may be
 repeated. Rounds take turns, so that a machine that slows down does so for all; ratios are of the means. Threads spin between

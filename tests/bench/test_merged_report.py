@@ -80,7 +80,6 @@ def test_one_table_of_all_devices(reports, capsys):
 
 
 def test_the_page_stands_alone_and_escapes_what_devices_say(reports, tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="from the extra [bench]")
     page = tmp_path / "report.html"
     assert main(["report", *map(str, reports), "-o", str(page)]) == 0
     text = page.read_text()
@@ -153,7 +152,6 @@ def test_unreadable_files_and_empty_reports(tmp_path, capsys):
 
 
 def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="from the extra [bench]")
     report = write(tmp_path / "board.json", MINIMAL)
     assert main(["report", str(report), "-o", str(tmp_path / "none" / "report.html")]) == 1
     assert "cannot write" in capsys.readouterr().err

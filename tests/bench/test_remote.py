@@ -298,7 +298,6 @@ def test_a_failed_device_is_a_marked_row_among_the_others(report, capsys, device
     failures = read_failures(paths)
     assert [(failed.device, failed.mode) for failed in failures] == [("half", "dense"), ("<gone>", "")]
 
-    pytest.importorskip("matplotlib", reason="from the extra [bench]")
     page = tmp_path / "report.html"
     assert main(["report", *map(str, paths), "-o", str(page)]) == 0
     lines = capsys.readouterr().out.splitlines()

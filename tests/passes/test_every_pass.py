@@ -22,6 +22,7 @@ from qsparse_export.passes.pipelines import DEFAULT
 from qsparse_export.weights import StateDict
 
 RANDOM = "test_bernoulli"  # right by chance
+NOT_JUDGED = {"range", "scan", "scatter"}  # the evaluator of onnx 1.23 lacks them or gives other shapes
 NARROWS = "float16"  # takes other inputs by contract; tests/passes/test_lower_float16.py judges it
 TINY = ModelConfig(
     architecture="llama",
@@ -60,21 +61,40 @@ def disagreements(case: TestCase, model: onnx.ModelProto) -> Iterator[str]:
     """Where ``model`` gives other outputs than ``case`` expects."""
     names = [value.name for value in case.model.graph.input]
     for inputs, outputs in case.data_sets:
-        got = on_onnx(model, dict(zip(names, inputs, strict=False)))
-        for mine, expected in zip(got, outputs, strict=True):
-            if isinstance(expected, np.ndarray) and expected.dtype.kind in "fiub":
-                try:
+        got = on_onnx(model, dict(zip(names, map(array_of, inputs), strict=False)))
+        for mine, expected in zip(got, map(array_of, outputs), strict=True):
+            try:
+                if not isinstance(expected, np.ndarray):
+                    continue
+                if expected.dtype.isbuiltin == 2:  # bfloat16 and the like: NumPy does not take their NaN for equal
+                    assert mine.dtype == expected.dtype
+                    np.testing.assert_array_equal(mine.astype(np.float32), expected.astype(np.float32))
+                elif expected.dtype.kind in "fiub":
                     np.testing.assert_allclose(mine, expected, rtol=case.rtol, atol=max(case.atol, 1e-6))
-                except AssertionError as error:
-                    yield f"{case.name}: {error}"
+                else:
+                    np.testing.assert_array_equal(mine, expected)
+            except AssertionError as error:
+                yield f"{case.name}: {error}"
+
+
+def array_of(value: object) -> object:
+    """Values of types that NumPy lacks come as protos."""
+    return onnx.numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else value
 
 
 def is_judged(case: TestCase) -> bool:
-    """Whether ONNX's evaluator gives what the case says without any pass; some it cannot run, or computes at random."""
+    """Whether ONNX's evaluator gives what the case says without any pass."""
     try:
         return not list(disagreements(case, case.model))
-    except Exception:
+    except (RuntimeError, TypeError):  # RuntimeImplementationError among them
         return False
+
+
+def test_onnxs_evaluator_judges_nearly_all(cases):
+    """What it cannot judge, it cannot judge after a pass: few, and of these ops."""
+    left_out = sorted(case.name for case in cases if not is_judged(case))
+    print(len(left_out), left_out)
+    assert {name.split("_")[1] for name in left_out} <= NOT_JUDGED and len(left_out) <= 10
 
 
 def told(spelling: bytes) -> str:

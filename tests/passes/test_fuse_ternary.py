@@ -6,6 +6,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from foreign_bitnet import INPUTS, KINDS, OUTPUTS, BitLinears, StraightThroughLinear, linear
 from foreign_models import export, indices
 from torch import nn
 
@@ -15,9 +16,6 @@ from qsparse_export.passes.base import parse_pipeline, run_pipeline
 from qsparse_export.passes.fuse_ternary import FuseTernary, explain
 from qsparse_export.passes.fuse_ternary_weights import ternary_of
 from qsparse_export.passes.lower_attach_bodies import AttachBodies
-
-pytest.importorskip("transformers", reason="the spellings are transformers', from the extra [hf]")
-from foreign_bitnet import INPUTS, KINDS, OUTPUTS, BitLinears, StraightThroughLinear, linear
 
 IMPORT = "inline-functions,convert-opset,infer-shapes,annotate-scope,eliminate-identity,fold-constants,infer-shapes,fuse-topk"
 UNIT = 2.0**-24  # of rounding in float32
