@@ -1,0 +1,1 @@
+"""Apache TVM as a runtime: kernels as PrimFuncs, whole models through Relax."""
