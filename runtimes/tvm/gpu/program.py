@@ -6,6 +6,16 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
+from qsparse_export.errors import UsageError
+
+DTYPES = ("float32", "float16")
+LARGEST_K_IN = 2_000_000
+"""So that sums of 128 * 2 per channel fit into int32, and a count of the channels of 8 threads of 256 into 16 bits."""
+SLICE_CHANNELS = 512
+"""At least; fewer would not pay for a slice's sums."""
+MOST_SLICES = 128
+"""So that the listed channels times slices times 8 groups of threads fit into int32."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -35,3 +45,22 @@ class Program:
             name: tuple(m if isinstance(size, tirx.Var) else int(size) for size in buffer.shape)
             for name, buffer in self.buffers().items()
         }
+
+
+def check_sizes(k_in: int, dtype: str) -> None:
+    """UsageError for what no kernel is made for."""
+    if dtype not in DTYPES:
+        raise UsageError(f"activations are {dtype}; a GPU kernel takes {' or '.join(DTYPES)}")
+    if not 0 < k_in <= LARGEST_K_IN:
+        raise UsageError(f"there are {k_in} inputs; a GPU kernel takes 1 to {LARGEST_K_IN}")
+
+
+def slices_of(k_in: int, wanted: int | None) -> int:
+    """Into how many slices the active channels of a row are cut; None: as many as leave each SLICE_CHANNELS channels.
+
+    UsageError outside of 1 to MOST_SLICES.
+    """
+    slices = min(-(-k_in // SLICE_CHANNELS), MOST_SLICES) if wanted is None else wanted
+    if not 0 < slices <= MOST_SLICES:
+        raise UsageError(f"a product is cut into {slices} slices; expected 1 to {MOST_SLICES}")
+    return slices

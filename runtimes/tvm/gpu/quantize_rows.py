@@ -14,7 +14,7 @@ from tvm.tirx.script.builder import ir as T
 from qsparse_export.ops.ternary_matmul import GAMMA_FLOOR
 from qsparse_export.runtimes.tvm.gpu import float_bits
 from qsparse_export.runtimes.tvm.gpu.float_bits import wide
-from qsparse_export.runtimes.tvm.gpu.program import Program
+from qsparse_export.runtimes.tvm.gpu.program import Program, check_sizes
 from qsparse_export.runtimes.tvm.gpu.workgroup import (
     THREADS,
     assign,
@@ -39,6 +39,7 @@ def words(k_in: int, multiple: int = 1) -> int:
 
 def quantize_rows(*, k_in: int, dtype: str = "float32") -> Program:
     """x [m, k_in] of ``dtype`` to q int32 [m, words(k_in)], four int8 to a word, lowest byte first, and gamma, counts."""
+    check_sizes(k_in, dtype)
     return Program((dense_rows(k_in, words(k_in), "x", dtype),), ("x",), ("q", "gamma", "counts"))
 
 
@@ -131,9 +132,8 @@ def _add(a: tirx.Expr, b: tirx.Expr) -> tirx.Expr:
 def _gamma(x: tirx.Buffer, row: tirx.Var, k_in: int, thread: tirx.Var) -> tuple[tirx.Expr, tirx.Expr, tirx.Expr]:
     """(gamma's bits uint32, 127 / gamma, whether there is neither NaN nor Inf) of a row."""
     largest = variable("uint32", 0)
-    with T.serial(0, -(-k_in // THREADS)) as r:
-        with when(r * THREADS + thread < k_in):
-            assign(largest, T.max(largest[0], float_bits.magnitude(wide(x[row, r * THREADS + thread]))))
+    with T.serial(0, -(-k_in // THREADS)) as r, when(r * THREADS + thread < k_in):
+        assign(largest, T.max(largest[0], float_bits.magnitude(wide(x[row, r * THREADS + thread]))))
     bits = reduced(largest[0], "uint32", thread, T.max)
     is_usable = T.bind(bits < T.uint32(float_bits.INFINITY))
     floored = T.bind(T.max(bits, T.uint32(float_bits.bits_of(GAMMA_FLOOR))))

@@ -12,13 +12,12 @@ from tvm.tirx.script.builder import ir as T
 
 from qsparse_export.errors import UsageError
 from qsparse_export.formats import nbits
-from qsparse_export.ops.topk_sparsify import check_attributes
 from qsparse_export.runtimes.tvm.gpu import float_bits
 from qsparse_export.runtimes.tvm.gpu.float_bits import wide
 from qsparse_export.runtimes.tvm.gpu.group_sums import GROUPS, LANES, add_groups
 from qsparse_export.runtimes.tvm.gpu.joined import Joined, join
-from qsparse_export.runtimes.tvm.gpu.program import Program
-from qsparse_export.runtimes.tvm.gpu.topk_sparsify import selection, selects
+from qsparse_export.runtimes.tvm.gpu.program import Program, slices_of
+from qsparse_export.runtimes.tvm.gpu.topk_sparsify import masked
 from qsparse_export.runtimes.tvm.gpu.workgroup import (
     THREADS,
     assign,
@@ -31,11 +30,6 @@ from qsparse_export.runtimes.tvm.gpu.workgroup import (
     when,
 )
 
-SLICE_CHANNELS = 512
-"""At least; fewer would not pay for a slice's sums."""
-LARGEST_K_IN = 2_000_000
-MOST_SLICES = 128
-"""The listed channels times slices and groups of threads fit into int32: 2,000,000 * 128 * 8 < 2**31."""
 TOGETHER = 4
 """Weight words that a thread asks for before it uses the first."""
 
@@ -59,19 +53,12 @@ def sparse_matmul_nbits(
     worked on by blocks of their own; None: as many as leave each 512 channels. Raises UsageError when the attributes
     contradict each other.
     """
-    check_attributes(k, block, rescale, k_in)
-    parts = min(-(-k_in // SLICE_CHANNELS), MOST_SLICES) if slices is None else slices
-    if bits not in nbits.BITS or group < 1 or not 0 < k_in <= LARGEST_K_IN or not 0 < parts <= MOST_SLICES:
+    if bits not in nbits.BITS or group < 1:
         raise UsageError(
-            f"SparseMatMulNBits: {bits} bits in groups of {group}, {k_in} inputs in {parts} slices; expected 4 or 8 bits, a "
-            f"positive group, 1 to {LARGEST_K_IN} inputs and 1 to {MOST_SLICES} slices"
+            f"SparseMatMulNBits: {bits} bits in groups of {group}; expected 4 or 8 bits and a positive group"
         )
-    joined = join(n, nbits.TILE_OUTPUTS)
-    kernels: tuple[tirx.PrimFunc, ...] = ()
-    source = "x"
-    if selects(k_in, k, block, rescale):
-        source = "masked"
-        kernels = selection(k_in=k_in, k=k, block=block, rescale=rescale, dtype=dtype, result=source)
+    kernels, source = masked(k_in, k, block, rescale, dtype)
+    parts, joined = slices_of(k_in, slices), join(n, nbits.TILE_OUTPUTS)
     kernels += (
         _listed(k_in, source, dtype),
         _products(k_in, joined, bits, group, parts),
@@ -94,11 +81,10 @@ def _listed(k_in: int, source: str, dtype: str) -> tirx.PrimFunc:
         counts = T.arg("counts", T.buffer((m, 2), "int32"))
         with threads(m) as (row, _, thread):
             own, bad = variable("int32", 0), variable("int32", 0)
-            with T.serial(0, each) as i:
-                with when(thread * each + i < k_in):
-                    bits = T.bind(float_bits.magnitude(wide(x[row, thread * each + i])))
-                    assign(own, own[0] + T.Select(bits != T.uint32(0), T.int32(1), T.int32(0)))
-                    assign(bad, bad[0] + T.Select(bits >= T.uint32(float_bits.INFINITY), T.int32(1), T.int32(0)))
+            with T.serial(0, each) as i, when(thread * each + i < k_in):
+                bits = T.bind(float_bits.magnitude(wide(x[row, thread * each + i])))
+                assign(own, own[0] + T.Select(bits != T.uint32(0), T.int32(1), T.int32(0)))
+                assign(bad, bad[0] + T.Select(bits >= T.uint32(float_bits.INFINITY), T.int32(1), T.int32(0)))
             before, listed = sums_before(own[0], thread)
             _, all_bad = sums_before(bad[0], thread)
             position = variable("int32", before)

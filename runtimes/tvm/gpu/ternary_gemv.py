@@ -12,8 +12,6 @@ from qsparse_export.runtimes.tvm.gpu.packed_bytes import Dot, transposed
 from qsparse_export.runtimes.tvm.gpu.workgroup import THREADS, assign, ceil_div, kernel, local, threads, variable, when
 
 WORD_OUTPUTS = 16
-SLICE_CHANNELS = 512
-"""At least; fewer would not pay for a slice's sums."""
 CODES = 0x03030303
 
 

@@ -15,7 +15,7 @@ from tvm.tirx.script.builder import ir as T
 from qsparse_export.ops import topk_sparsify as op
 from qsparse_export.runtimes.tvm.gpu import float_bits
 from qsparse_export.runtimes.tvm.gpu.float_bits import wide
-from qsparse_export.runtimes.tvm.gpu.program import Program
+from qsparse_export.runtimes.tvm.gpu.program import Program, check_sizes
 from qsparse_export.runtimes.tvm.gpu.workgroup import (
     THREADS,
     assign,
@@ -36,8 +36,6 @@ DIGIT_BITS = 4
 DIGITS = 1 << DIGIT_BITS
 COUNT_WORDS = DIGITS // 2
 """Two counts of 16 bits to a word."""
-LARGEST_K_IN = 2_000_000
-"""So that a count of an eighth of the threads' channels, one in 32 of the row, fits into 16 bits."""
 
 _ValueAt = Callable[[tirx.Expr], tirx.Expr]
 """The channel's value, from its place in the block of channels."""
@@ -46,16 +44,23 @@ _ValueAt = Callable[[tirx.Expr], tirx.Expr]
 def topk_sparsify(*, k_in: int, k: int, block: int = 0, rescale: str = "none", dtype: str = "float32") -> Program:
     """x [m, k_in] of ``dtype`` to y of the same; k, block and rescale as the op has them.
 
-    Raises UsageError when the attributes contradict each other.
+    UsageError when the attributes contradict each other.
     """
+    check_sizes(k_in, dtype)
     op.check_attributes(k, block, rescale, k_in)
     kernels = selection(k_in=k_in, k=k, block=block, rescale=rescale, dtype=dtype, result="y")
     return Program(kernels, ("x",), ("y",))
 
 
-def selects(k_in: int, k: int, block: int, rescale: str) -> bool:
-    """Whether these attributes of an op change its x at all."""
-    return k < (block or k_in) or rescale != "none"
+def masked(k_in: int, k: int, block: int, rescale: str, dtype: str) -> tuple[tuple[tirx.PrimFunc, ...], str]:
+    """The kernels with which a product begins, and the tensor that they leave its masked activations in: "x" where these
+    attributes select nothing. UsageError when they contradict each other.
+    """
+    check_sizes(k_in, dtype)
+    op.check_attributes(k, block, rescale, k_in)
+    if k == (block or k_in) and rescale == "none":
+        return (), "x"
+    return selection(k_in=k_in, k=k, block=block, rescale=rescale, dtype=dtype, result="masked"), "masked"
 
 
 def selection(*, k_in: int, k: int, block: int, rescale: str, dtype: str, result: str) -> tuple[tirx.PrimFunc, ...]:
@@ -174,14 +179,13 @@ def _kth_largest(
             assign(totals, total[0], thread)
         barrier()
         chosen = variable("int32", -1)
-        with T.serial(0, DIGITS) as i:
-            with when(chosen[0] < 0):
-                total_of_digit = T.bind(totals[(DIGITS - 1) - i])
-                with T.If(wanted[0] <= total_of_digit):
-                    with T.Then():
-                        assign(chosen, (DIGITS - 1) - i)
-                    with T.Else():
-                        assign(wanted, wanted[0] - total_of_digit)
+        with T.serial(0, DIGITS) as i, when(chosen[0] < 0):
+            total_of_digit = T.bind(totals[(DIGITS - 1) - i])
+            with T.If(wanted[0] <= total_of_digit):
+                with T.Then():
+                    assign(chosen, (DIGITS - 1) - i)
+                with T.Else():
+                    assign(wanted, wanted[0] - total_of_digit)
         assign(prefix, prefix[0] << T.uint32(DIGIT_BITS) | T.Cast("uint32", chosen[0]))
     return T.bind(prefix[0]), T.bind(wanted[0])
 
@@ -229,15 +233,13 @@ def _rescaled(k_in: int, dtype: str, result: str) -> tirx.PrimFunc:
         with threads(m) as (row, _, thread):
             squares = variable("float32", 0.0)
             rounds = -(-k_in // THREADS)
-            with T.serial(0, rounds) as r:
-                with when(r * THREADS + thread < k_in):
-                    value = T.bind(wide(selected[row, r * THREADS + thread]))
-                    assign(squares, squares[0] + value * value)
+            with T.serial(0, rounds) as r, when(r * THREADS + thread < k_in):
+                value = T.bind(wide(selected[row, r * THREADS + thread]))
+                assign(squares, squares[0] + value * value)
             norm = T.bind(T.sqrt(reduced(squares[0], "float32", thread, lambda a, b: a + b)))
             divisor = T.bind(T.Select(norm < T.float32(op.NORM_FLOOR), T.float32(op.NORM_FLOOR), norm))
-            with T.serial(0, rounds) as r:
-                with when(r * THREADS + thread < k_in):
-                    value = wide(selected[row, r * THREADS + thread])
-                    assign(y, T.Cast(dtype, value / divisor), row, r * THREADS + thread)
+            with T.serial(0, rounds) as r, when(r * THREADS + thread < k_in):
+                value = wide(selected[row, r * THREADS + thread])
+                assign(y, T.Cast(dtype, value / divisor), row, r * THREADS + thread)
 
     return kernel("topk_rescale", body)

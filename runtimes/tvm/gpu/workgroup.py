@@ -21,11 +21,10 @@ SHARED_BYTES = 16 << 10
 
 def kernel(name: str, body: Callable[[], None]) -> tirx.PrimFunc:
     """The function that ``body`` writes with TVM's builder; ``name`` must be the module's only one."""
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            body()
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        body()
     return builder.get()
 
 

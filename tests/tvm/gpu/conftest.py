@@ -1,0 +1,28 @@
+"""Makes the modules of this folder, and the cases of the CPU kernels, importable; opens the software devices once."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "kernels")]
+
+from lavapipe import Lavapipe
+from pocl import Pocl
+from software_device import SoftwareDevice
+
+
+@pytest.fixture(scope="session")
+def pocl() -> SoftwareDevice:
+    return Pocl.open()
+
+
+@pytest.fixture(scope="session")
+def lavapipe() -> SoftwareDevice:
+    return Lavapipe.open()
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> SoftwareDevice:
+    """The one that the parameter names."""
+    return request.getfixturevalue(request.param)
