@@ -26,7 +26,7 @@ def compiled(function: Callable[..., Any], lanes: Lanes, **static: Any) -> Calla
     return module["kernel"]
 
 
-def call(function: Callable[..., None], inputs: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+def call(function: Callable[..., None], inputs: tuple[np.ndarray, ...], shape: tuple[int, ...]) -> np.ndarray:
     """The float32 result of ``shape`` that the function writes after its ``inputs``; NaN where it writes nothing."""
     y = tvm.runtime.tensor(np.full(shape, np.nan, np.float32))
     function(*(tvm.runtime.tensor(np.ascontiguousarray(array)) for array in inputs), y)

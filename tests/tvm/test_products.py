@@ -1,93 +1,36 @@
 """The products on this machine's instruction sets, against the references of the C++ kernels and with their cases."""
 
-import dense_matmul_cases
 import numpy as np
 import pytest
-import sparse_matmul_cases
-import sparse_ternary_cases
 from compiled_kernels import LANES, call, compiled
 from dense_matmul_cases import DenseMatMul
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import KINDS, magnitudes
+from product_cases import head_cases, kernel_of, nbits_cases, tensors_of, ternary_cases
 from sparse_matmul_cases import SparseMatMul, integer_weights
 from sparse_ternary_cases import SparseTernary
 from ternary_cases import ternary_weights
 
 from qsparse_export.formats import nbits
-from qsparse_export.runtimes.tvm.kernels.dense_matmul_nbits import dense_matmul_nbits
-from qsparse_export.runtimes.tvm.kernels.sparse_matmul_nbits import sparse_matmul_nbits
-from qsparse_export.runtimes.tvm.kernels.sparse_ternary_matmul import sparse_ternary_matmul
 
 EVERY = 4
 """Of the cases of the C++ kernels: each shape is compiled anew."""
 every_lanes = pytest.mark.parametrize("lanes", LANES, ids=[lanes.name for lanes in LANES])
 
 
-def run_ternary(lanes, case, parts=2):
-    rows, width = case.x.shape
-    n = tuple(len(matrix) for matrix in case.matrices)
-    rescale = "l2" if case.rescale else "none"
-    kernel = compiled(
-        sparse_ternary_matmul, lanes, k_in=width, n=n, k=case.k, block=case.block, rescale=rescale, parts=parts
-    )
-    return call(kernel, [case.x, case.packed(), case.scales], (rows, sum(n)))
-
-
-def run_nbits(lanes, case, parts=2):
-    rows, width = case.x.shape
-    weights = case.weights
-    kernel = compiled(
-        sparse_matmul_nbits,
-        lanes,
-        k_in=width,
-        n=weights.outputs,
-        k=case.k,
-        block=case.block,
-        rescale="l2" if case.rescale else "none",
-        bits={3: 8, 4: 4}[weights.type],
-        group=weights.group,
-        parts=parts,
-    )
-    return call(kernel, [case.x, weights.rows, weights.scales], (rows, sum(weights.outputs)))
-
-
-def run_dense(lanes, case):
-    (rows, width), n = case.x.shape, len(case.codes)
-    kernel = compiled(dense_matmul_nbits, lanes, n=n, k_in=width, bits=case.bits, group=case.group)
-    return call(kernel, [case.x, nbits.pack_outputs(case.codes, case.bits), case.scales], (rows, n))
+def run(lanes, case, parts=2):
+    function, static = kernel_of(case, parts)
+    return call(compiled(function, lanes, **static), *tensors_of(case))
 
 
 @every_lanes
-def test_ternary_cases_of_the_kernels(lanes):
-    cases = [
-        case
-        for case in sparse_ternary_cases.cases(np.random.default_rng(1))
-        if case.x.dtype == np.float32 and not case.rescale and case.matrices
-    ]
-    assert len(cases) > 50
-    for case in cases[::EVERY]:
-        case.check(run_ternary(lanes, case))
-
-
-@every_lanes
-def test_nbits_cases_of_the_kernels(lanes):
-    cases = [
-        case
-        for case in sparse_matmul_cases.cases(np.random.default_rng(2))
-        if case.x.dtype == np.float32 and case.weights.group
-    ]
-    assert len(cases) > 50
-    for case in cases[::EVERY]:
-        case.check(run_nbits(lanes, case))
-
-
-@every_lanes
-def test_head_cases_of_the_kernels(lanes):
-    cases = [case for case in dense_matmul_cases.cases(np.random.default_rng(3)) if case.x.dtype == np.float32]
-    assert len(cases) > 50
-    for case in cases[::EVERY]:
-        case.check(run_dense(lanes, case))
+@pytest.mark.parametrize("cases", [ternary_cases, nbits_cases, head_cases])
+def test_cases_of_the_kernels(lanes, cases):
+    found = cases()
+    assert len(found) > 50
+    for case in found[::EVERY]:
+        case.check(run(lanes, case))
 
 
 @every_lanes
@@ -99,9 +42,9 @@ def test_any_number_of_parts_gives_the_same_bits(lanes, parts):
         matrices = tuple(ternary_weights(rng, n, 300, "normal") for n in outputs)
         for rows in (1, 9):
             case = SparseTernary(magnitudes(rng, rows, 300, "normal"), matrices, 140)
-            case.check(run_ternary(lanes, case, parts))
+            case.check(run(lanes, case, parts))
             nbits_case = SparseMatMul(case.x, integer_weights(rng, outputs, 300, 4, 32), 140)
-            nbits_case.check(run_nbits(lanes, nbits_case, parts))
+            nbits_case.check(run(lanes, nbits_case, parts))
 
 
 @every_lanes
@@ -113,10 +56,10 @@ def test_any_rows_of_one_shape(lanes, seed, rows, kind):
     x = magnitudes(rng, rows, 301, kind)
     matrices = tuple(ternary_weights(rng, n, 301, kind) for n in (131, 40))
     ternary = SparseTernary(x, matrices, 33)
-    ternary.check(run_ternary(lanes, ternary))
+    ternary.check(run(lanes, ternary))
     if kind != "huge":  # sums beyond float32
         head = DenseMatMul(x, rng.integers(-8, 8, (67, 301)).astype(np.int8), _scales(rng, 67, 301, 104), 4, 104)
-        head.check(run_dense(lanes, head))
+        head.check(run(lanes, head))
 
 
 def _scales(rng, n, width, group):
@@ -131,7 +74,7 @@ def test_a_rescaled_row_agrees_to_the_norms_rounding(lanes):
     weights = ternary_weights(rng, 60, 330, "normal")
     case = SparseTernary(x, (weights,), 130, rescale=True)
     plain = SparseTernary(x, (weights,), 130)
-    y, unscaled = run_ternary(lanes, case), run_ternary(lanes, plain)
+    y, unscaled = run(lanes, case), run(lanes, plain)
     masked = np.sort(np.abs(x), axis=1)[:, -130:]
     norms = np.sqrt((masked.astype(np.float64) ** 2).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(y, unscaled / norms, rtol=2e-5)
