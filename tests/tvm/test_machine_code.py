@@ -20,11 +20,12 @@ def assembly(prim_func, processor):
     ("prim_func", "instruction"),
     [
         (sparse_ternary_matmul(AVX512_VNNI, **SELECTION), "vpdpbusd"),
-        (sparse_matmul_nbits(AVX512_VNNI, **SELECTION, bits=4, group=32), "vpmaddwd"),
-        (dense_matmul_nbits(AVX512_VNNI, n=130, k_in=256, bits=4, group=32), "vpmaddwd"),
+        (sparse_matmul_nbits(AVX512_VNNI, **SELECTION, bits=4, group=32), "vpdpwssd"),
+        (dense_matmul_nbits(AVX512_VNNI, n=130, k_in=256, bits=4, group=32), "vpdpwssd"),
     ],
 )
 def test_avx512_vnni(prim_func, instruction):
+    """vpdpwssd is what LLVM makes of the product of pairs and the addition behind it."""
     assert instruction in assembly(prim_func, "cascadelake")
 
 
