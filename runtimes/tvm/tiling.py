@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 LONG_PIECE_BYTES = 1024
 """Out of memory, shorter pieces of weight rows are read slower."""
@@ -42,3 +44,22 @@ def candidates(row_bytes: int, cores: int) -> list[Tiling]:
 def head_candidates(cores: int) -> list[Tiling]:
     """The same for the head."""
     return [Tiling(cores, outputs=outputs) for outputs in (64, 16, 32, 128, 256, 512)]
+
+
+class Tilings(Protocol):
+    """Which tiling a kernel gets."""
+
+    def choose(self, make: Callable[..., Any], static: Mapping[str, Any], row_bytes: int) -> Tiling:
+        """For the kernel that ``make`` makes of ``static`` values, whose weight rows have ``row_bytes``."""
+        ...
+
+
+@dataclass(frozen=True)
+class DefaultTilings:
+    """Tilings by rule."""
+
+    cores: int
+
+    def choose(self, make: Callable[..., Any], static: Mapping[str, Any], row_bytes: int) -> Tiling:
+        """See :class:`Tilings`."""
+        return default_tiling(row_bytes, self.cores)
