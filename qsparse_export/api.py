@@ -194,7 +194,8 @@ def _export_decoder(
         manifest["bench"] = add_device_files(folder, graph_name(files), manifest)
     if options.verify != "none":
         tell("verify")
-        _verify_decoder(model.weights, source, chosen, graph, runtime, options, folder, manifest)
+        here = runtime.on_this_machine(target)
+        _verify_decoder(model.weights, source, chosen, graph, here, options, folder, manifest)
         manifest["parity"]["ran_on"] = verification_record(target, runtime, native=not options.portable)
     return manifest
 
@@ -258,7 +259,7 @@ def _export_module(
     if options.verify != "none":
         tell("verify")
         manifest["parity"] = verify_module(
-            folder, runtime, graph, model.program, options.verify, native=not options.portable
+            folder, runtime.on_this_machine(target), graph, model.program, options.verify, native=not options.portable
         ).to_dict()
         manifest["parity"]["ran_on"] = verification_record(target, runtime, native=not options.portable)
     return manifest

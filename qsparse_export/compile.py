@@ -24,6 +24,16 @@ def check_target(target: Target, runtime: Runtime, *, portable: bool, dtype: str
     """
     target.require_runtime(runtime.name)
     target.require_dtype(dtype)
+    if dtype not in runtime.dtypes:
+        raise TargetError(
+            f"the runtime {runtime.name} computes in {', '.join(runtime.dtypes)}, not in {dtype}: choose --weights keep, or "
+            "another --runtime"
+        )
+    if portable and not runtime.has_bodies:
+        raise TargetError(
+            f"the runtime {runtime.name} compiles kernels and has no function bodies to fall back on: leave --portable out, "
+            "or choose another --runtime"
+        )
     if with_bench and (runtime.name != "ort" or target.library == "impossible"):
         raise TargetError(
             f"qsparse-device-bench is a native program for the runtime ort: there is none for target {target.name} with "
@@ -63,11 +73,7 @@ def add_device_bench(folder: Path, target: Target) -> str:
 
 def library_record(target: Target, runtime: Runtime, *, native: bool) -> dict[str, Any] | None:
     """Where the bundle's kernel library comes from, for the manifest; None for a bundle without one."""
-    if not native or runtime.name != "ort":
-        return None
-    from qsparse_export.runtimes.ort import bundled
-
-    return bundled.record(target)
+    return runtime.code_record(target) if native else None
 
 
 def verification_record(target: Target, runtime: Runtime, *, native: bool) -> dict[str, Any]:
@@ -80,18 +86,7 @@ def verification_record(target: Target, runtime: Runtime, *, native: bool) -> di
 
     here = host()
     record: dict[str, Any] = {"arch": here.arch, "system": here.system, "features": sorted(here.features)}
-    if native and runtime.name == "ort":
-        from qsparse_export.runtimes.ort import bundled
-
-        same = bundled.is_installed(target)
-        record["library"] = bundled.installed_record()
-        record["covers_library"] = same
-        if not same:
-            record["note"] = (
-                f"the library for {target.triple} in this bundle was not run at export; {here.triple}'s build of the same "
-                "sources was: run qsparse-device-bench on the device"
-            )
-    return record
+    return record | (runtime.verified_record(target) if native else {})
 
 
 def add_decoder_files(
@@ -107,9 +102,10 @@ def add_decoder_files(
     ``shares_cache``: the graph takes one buffer as past and present.
     """
     from qsparse_export.runtimes.ort.genai import genai_config
+    from qsparse_export.runtimes.ort.library import LIBRARY_NAME
 
     graph = graph_name(files)
-    library = next((name for name in files if name.endswith((".so", ".dylib", ".dll"))), None)
+    library = LIBRARY_NAME if LIBRARY_NAME in files else None
     plain = genai_config(config.to_dict(), graph, library, shares_cache=shares_cache)
     (folder / "genai_config.json").write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
     tokens = dict(tokenizer or {})

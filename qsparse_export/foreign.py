@@ -62,7 +62,13 @@ def export_onnx(
     if options.verify != "none":
         tell("verify")
         manifest["parity"] = verify_onnx(
-            folder, runtime, graph, file.path, inputs, options.verify, native=not options.portable
+            folder,
+            runtime.on_this_machine(target),
+            graph,
+            file.path,
+            inputs,
+            options.verify,
+            native=not options.portable,
         ).to_dict()
         manifest["parity"]["ran_on"] = verification_record(target, runtime, native=not options.portable)
     return manifest

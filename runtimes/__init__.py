@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 RUNTIMES: dict[str, str] = {
     "ort": "ort.runtime:OrtRuntime",
     "reference": "reference.runtime:ReferenceRuntime",
+    "tvm": "tvm.runtime:TvmRuntime",
 }
 
 

@@ -14,6 +14,7 @@ from qsparse_export.errors import BundleError, UsageError
 from qsparse_export.ops.cached_attention import SHARED_CACHE
 from qsparse_export.runtimes.base import NativeCalls, subtract_calls
 from qsparse_export.runtimes.ort import bundled, library
+from qsparse_export.targets.detect import host
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,10 +32,31 @@ class OrtRuntime:
     """Compiles to ``model.onnx`` + ``model.onnx.data`` (+ the kernel library); runs them on the CPU provider."""
 
     name: str = "ort"
+    dtypes: tuple[str, ...] = ("float32", "float16")
+    has_bodies: bool = True
 
     def require_target(self, target: Target) -> None:
         """See :class:`qsparse_export.runtimes.base.Runtime`: the installed library serves, or a cross compiler makes one."""
         bundled.require_target(target)
+
+    def on_this_machine(self, target: Target) -> OrtRuntime:
+        """See :class:`qsparse_export.runtimes.base.Runtime`: the graph runs anywhere, with the installed library."""
+        return self
+
+    def code_record(self, target: Target) -> dict[str, Any] | None:
+        """See :class:`qsparse_export.runtimes.base.Runtime`."""
+        return bundled.record(target)
+
+    def verified_record(self, target: Target) -> dict[str, Any]:
+        """See :class:`qsparse_export.runtimes.base.Runtime`."""
+        same = bundled.is_installed(target)
+        record: dict[str, Any] = {"library": bundled.installed_record(), "covers_library": same}
+        if not same:
+            record["note"] = (
+                f"the library for {target.triple} in this bundle was not run at export; {host().triple}'s build of the same "
+                "sources was: run qsparse-device-bench on the device"
+            )
+        return record
 
     def compile(self, model: ir.Model, target: Target, folder: Path, *, native: bool) -> tuple[str, ...]:
         """Writes the graph, its weights as one external file, and the kernel library when ``native``.

@@ -1,1 +1,1 @@
-"""Apache TVM as a runtime: kernels as PrimFuncs, whole models through Relax."""
+"""Apache TVM as a runtime: the ops as PrimFuncs, whole graphs through Relax."""

@@ -8,7 +8,6 @@ nvcc, exact arithmetic, and machine code that is not compressed, so that it can 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qsparse_export.errors import TargetError, UsageError, near_names
+from qsparse_export.runtimes.tvm.environment import require_tvm
 from qsparse_export.runtimes.tvm.gpu.cubins import cubin_architectures
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ def compile_gpu(functions: Sequence[tirx.PrimFunc], kind: str, arch: str, librar
 
 
 def _check(kind: str, arch: str, host_triple: str) -> None:
-    if importlib.util.find_spec("tvm") is None:
-        raise TargetError("TVM is missing, which compiles these kernels: pip install 'qsparse-export[tvm]'")
+    require_tvm()
     if kind not in KINDS:
         raise UsageError(f"{kind!r} is no kind of GPU code that goes into a library; {near_names(kind, KINDS)}")
     if kind == "cuda" and arch not in ARCHITECTURES:

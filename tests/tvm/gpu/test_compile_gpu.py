@@ -11,6 +11,7 @@ import pytest
 from tvm import tirx
 
 from qsparse_export.errors import TargetError, UsageError
+from qsparse_export.runtimes.tvm import environment
 from qsparse_export.runtimes.tvm.gpu import compile_gpu as module
 from qsparse_export.runtimes.tvm.gpu.compile_gpu import ARCHITECTURES, compile_gpu, cuda_environment, find_nvcc
 from qsparse_export.runtimes.tvm.gpu.cubins import cubin_architectures
@@ -157,8 +158,11 @@ def test_without_a_linker(tmp_path: Path, only_a_compiler: Path) -> None:
 
 
 def test_without_tvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(TargetError, match=r"TVM is missing.*qsparse-export\[tvm\]"):
+    def version(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(environment, "version", version)
+    with pytest.raises(TargetError, match=r"apache-tvm, which is not installed.*qsparse-export\[tvm\]"):
         compile_gpu([], "cuda", "sm_80", tmp_path / "kernels.so")
 
 
