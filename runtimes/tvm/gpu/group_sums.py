@@ -31,19 +31,25 @@ def add_groups(
     same order every time. Yields inside a condition where the totals are fewer than the threads: no barriers there.
     """
     half = GROUPS // 2
-    # One more lane, so that threads that read along the variables hit every bank.
-    slots = shared((half, count, LANES + 1), dtype)
+    slots = shared((half, count, LANES), dtype)
+
+    def bank(lane_of: tirx.Expr, number: tirx.Expr | int) -> tirx.Expr:
+        """Turned by the variable, so that threads that read along the variables hit other banks. (TVM compacts arrays, and
+        would take away the usual lane more.)
+        """
+        return (lane_of + number) % LANES
+
     with when(group >= half):
         for i in range(count):
-            assign(slots, sums[i], group - half, i, lane)
+            assign(slots, sums[i], group - half, i, bank(lane, i))
     barrier()
     with when(group < half):
         for i in range(count):
-            assign(sums, sums[i] + slots[group, i, lane], i)
+            assign(sums, sums[i] + slots[group, i, bank(lane, i)], i)
     barrier()  # TVM does not see that a thread only reads the slots that it writes next
     with when(group < half):
         for i in range(count):
-            assign(slots, sums[i], group, i, lane)
+            assign(slots, sums[i], group, i, bank(lane, i))
     barrier()
     totals = LANES * count
     for begin in range(0, totals, THREADS):
@@ -52,5 +58,5 @@ def add_groups(
             lane_of, number = T.bind(place // count), T.bind(place % count)
             total = variable(dtype, 0)
             for of in range(half):
-                assign(total, total[0] + slots[of, number, lane_of])
+                assign(total, total[0] + slots[of, number, bank(lane_of, number)])
             yield Place(lane_of, number), total[0]

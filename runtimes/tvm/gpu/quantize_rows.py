@@ -1,9 +1,9 @@
 """Absmax int8 quantisation of rows on a GPU, as dense rows or as lists of the channels that are not zero.
 
-``gamma`` [m] float32 is max(max|x|, 1e-5), or NaN for a row that holds NaN or Inf, whose values are all 0. ``counts`` [m, 2]
-int32 are the sum of a row's values, and how many of them are listed. The formula is that of
-:mod:`~qsparse_export.ops.ternary_matmul`, in float32 without contraction: dividing and rounding are exact operations, and
-a product that is rounded next cannot be fused with anything.
+``gamma`` [m, 2] float32 is max(max|x|, 1e-5) of a row and a 127th of it, or twice NaN for a row that holds NaN or Inf, whose
+values are all 0. ``counts`` [m, 2] int32 are the sum of a row's values, and how many of them are not 0. The formula is that of
+:mod:`~qsparse_export.ops.ternary_matmul`: quotients are made of integers, and a product that is rounded to a whole number next
+cannot be fused with anything.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from qsparse_export.runtimes.tvm.gpu.workgroup import (
     when,
 )
 
+LARGEST = 127.0
 CHANNEL_SHIFT = 8
 """A listed channel is a uint32: its number above the 8 bits of its value."""
 FOUR = 4
@@ -50,7 +51,7 @@ def dense_rows(k_in: int, width: int, source: str, dtype: str) -> tirx.PrimFunc:
         m = tirx.Var("m", "int32")
         x = T.arg(source, T.buffer((m, k_in), dtype))
         q = T.arg("q", T.buffer((m, width), "int32"))
-        gamma = T.arg("gamma", T.buffer((m,), "float32"))
+        gamma = T.arg("gamma", T.buffer((m, 2), "float32"))
         counts = T.arg("counts", T.buffer((m, 2), "int32"))
         with threads(m) as (row, _, thread):
             row_gamma, inverse, is_usable = _gamma(x, row, k_in, thread)
@@ -88,7 +89,7 @@ def listed_rows(k_in: int, source: str, dtype: str) -> tirx.PrimFunc:
         m = tirx.Var("m", "int32")
         x = T.arg(source, T.buffer((m, k_in), dtype))
         active = T.arg("active", T.buffer((m, FOUR * words(k_in)), "uint32"))
-        gamma = T.arg("gamma", T.buffer((m,), "float32"))
+        gamma = T.arg("gamma", T.buffer((m, 2), "float32"))
         counts = T.arg("counts", T.buffer((m, 2), "int32"))
         with threads(m) as (row, _, thread):
             row_gamma, inverse, is_usable = _gamma(x, row, k_in, thread)
@@ -122,7 +123,7 @@ def listed_rows(k_in: int, source: str, dtype: str) -> tirx.PrimFunc:
 def quantized(x: tirx.Expr, inverse: tirx.Expr) -> tirx.Expr:
     """int32 in -128..127, ties to even."""
     rounded = T.nearbyint(inverse * x)
-    return T.Cast("int32", T.max(T.min(rounded, T.float32(127)), T.float32(-128)))
+    return T.Cast("int32", T.max(T.min(rounded, T.float32(LARGEST)), T.float32(-1 - LARGEST)))
 
 
 def _add(a: tirx.Expr, b: tirx.Expr) -> tirx.Expr:
@@ -137,7 +138,7 @@ def _gamma(x: tirx.Buffer, row: tirx.Var, k_in: int, thread: tirx.Var) -> tuple[
     bits = reduced(largest[0], "uint32", thread, T.max)
     is_usable = T.bind(bits < T.uint32(float_bits.INFINITY))
     floored = T.bind(T.max(bits, T.uint32(float_bits.bits_of(GAMMA_FLOOR))))
-    inverse = T.bind(T.float32(127) / T.reinterpret("float32", floored))
+    inverse = T.bind(T.reinterpret("float32", float_bits.divided(T.uint32(float_bits.bits_of(LARGEST)), floored)))
     return T.bind(T.Select(is_usable, floored, T.uint32(float_bits.NOT_A_NUMBER))), inverse, is_usable
 
 
@@ -152,6 +153,11 @@ def _finish_row(
 ) -> None:
     sum_of_row = reduced(total, "int32", thread, _add)
     with when(thread == 0):
-        assign(gamma, T.reinterpret("float32", gamma_bits), row)
+        bad = T.uint32(float_bits.NOT_A_NUMBER)
+        # Of any number, for a bad row: a NaN has no mantissa to divide.
+        usable = T.Select(gamma_bits == bad, T.uint32(float_bits.bits_of(1.0)), gamma_bits)
+        step = float_bits.divided(usable, T.uint32(float_bits.bits_of(LARGEST)))
+        assign(gamma, T.reinterpret("float32", gamma_bits), row, 0)
+        assign(gamma, T.reinterpret("float32", T.Select(gamma_bits == bad, bad, step)), row, 1)
         assign(counts, sum_of_row, row, 0)
         assign(counts, listed, row, 1)

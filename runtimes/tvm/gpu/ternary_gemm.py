@@ -39,7 +39,7 @@ def products(k_in: int, width: int, joined: Joined, dtype: str, dot: Dot) -> tir
         q = T.arg("q", T.buffer((m, width), "int32"))
         w = T.arg("w", T.buffer((k_in, words), "uint32"))
         counts = T.arg("counts", T.buffer((m, 2), "int32"))
-        gamma = T.arg("gamma", T.buffer((m,), "float32"))
+        gamma = T.arg("gamma", T.buffer((m, 2), "float32"))
         scales = T.arg("scales", T.buffer((joined.count,), "float32"))
         y = T.arg("y", T.buffer((m, joined.outputs), dtype))
         with threads(ceil_div(m, ROWS), joined.columns // TILE_OUTPUTS) as (block, tile, thread):
@@ -70,7 +70,7 @@ def products(k_in: int, width: int, joined: Joined, dtype: str, dot: Dot) -> tir
                         output = T.bind(tile * TILE_OUTPUTS + (lane + LANES * j) - matrix.first_column)
                         with when(tirx.all(row < m, output >= 0, output < matrix.outputs)):
                             value = total[i * THREAD_OUTPUTS + j] - counts[row, 0]
-                            result = descaled(value, gamma[row], scales[matrix.number], dtype)
+                            result = descaled(value, gamma[row, 1], scales[matrix.number], dtype)
                             assign(y, result, row, matrix.first_output + output)
 
     return kernel("ternary_gemm", body)

@@ -59,7 +59,7 @@ def finish(joined: Joined, slices: int, dtype: str) -> tirx.PrimFunc:
     def body() -> None:
         m = tirx.Var("m", "int32")
         counts = T.arg("counts", T.buffer((m, 2), "int32"))
-        gamma = T.arg("gamma", T.buffer((m,), "float32"))
+        gamma = T.arg("gamma", T.buffer((m, 2), "float32"))
         sums = T.arg("sums", T.buffer((m, slices, joined.columns), "int32"))
         scales = T.arg("scales", T.buffer((joined.count,), "float32"))
         y = T.arg("y", T.buffer((m, joined.outputs), dtype))
@@ -71,12 +71,12 @@ def finish(joined: Joined, slices: int, dtype: str) -> tirx.PrimFunc:
                 with T.serial(0, slices) as slice_:
                     assign(total, total[0] + sums[row, slice_, column])
                 scale = scales[joined.number_of(output)]
-                assign(y, descaled(total[0] - counts[row, 0], gamma[row], scale, dtype), row, output)
+                assign(y, descaled(total[0] - counts[row, 0], gamma[row, 1], scale, dtype), row, output)
 
     return kernel("ternary_finish", body)
 
 
-def descaled(total: tirx.Expr, gamma: tirx.Expr, scale: tirx.Expr, dtype: str) -> tirx.Expr:
-    """An integer sum as a result: the float operations of the op, in its order. NaN where gamma is."""
-    value = T.Cast("float32", total) * ((gamma / T.float32(127)) * scale)
-    return T.Cast(dtype, T.Select(float_bits.is_nan(gamma), gamma, value))
+def descaled(total: tirx.Expr, step: tirx.Expr, scale: tirx.Expr, dtype: str) -> tirx.Expr:
+    """An integer sum as a result, by a row's gamma / 127: the float operations of the op, in its order. NaN where that is."""
+    value = T.Cast("float32", total) * (step * scale)
+    return T.Cast(dtype, T.Select(float_bits.is_nan(step), step, value))

@@ -1,6 +1,7 @@
 """Makes the modules of this folder, and the cases of the CPU kernels, importable; opens the software devices once."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "kernel
 from lavapipe import Lavapipe
 from pocl import Pocl
 from software_device import SoftwareDevice
+from swiftshader import browser
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +22,12 @@ def pocl() -> SoftwareDevice:
 @pytest.fixture(scope="session")
 def lavapipe() -> SoftwareDevice:
     return Lavapipe.open()
+
+
+@pytest.fixture(scope="session")
+def swiftshader() -> Iterator[SoftwareDevice]:
+    with browser() as device:
+        yield device
 
 
 @pytest.fixture

@@ -24,6 +24,11 @@ class Launch:
     blocks_y: int
     threads: int
 
+    @property
+    def numbers(self) -> list[int]:
+        """What a WebGPU kernel has in its uniform buffer, as TVM's own runtime fills it: numbers, the blocks along x last."""
+        return [*(each for each in self.arguments if isinstance(each, int)), self.blocks_x]
+
 
 @dataclass(frozen=True)
 class DeviceKernel:

@@ -46,10 +46,7 @@ class Lavapipe:
         }
         for kernel, pipeline in self.build(program):
             launch = kernel.launch(m)
-            # As TVM's own WebGPU runtime: numbers in one uniform buffer behind the tensors, the blocks along x the last.
-            numbers = np.array(
-                [*(each for each in launch.arguments if isinstance(each, int)), launch.blocks_x], np.uint32
-            )
+            numbers = np.array(launch.numbers, np.uint32)
             uniform = self.device.create_buffer_with_data(data=numbers.tobytes(), usage=usage.UNIFORM)
             bound = [*(memory[each] for each in launch.arguments if isinstance(each, str)), uniform]
             entries = [{"binding": i, "resource": {"buffer": buffer}} for i, buffer in enumerate(bound)]

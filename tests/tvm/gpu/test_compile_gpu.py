@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+from gpu_kernels import every_kernel, name_of, resources
 from tvm import tirx
 
 from qsparse_export.errors import TargetError, UsageError
@@ -16,27 +17,9 @@ from qsparse_export.runtimes.tvm import environment
 from qsparse_export.runtimes.tvm.gpu import compile_gpu as module
 from qsparse_export.runtimes.tvm.gpu.compile_gpu import ARCHITECTURES, compile_gpu, cuda_environment, find_nvcc
 from qsparse_export.runtimes.tvm.gpu.cubins import cubin_architectures
-from qsparse_export.runtimes.tvm.gpu.packed_bytes import dp4a
 from qsparse_export.runtimes.tvm.gpu.quantize_rows import quantize_rows
-from qsparse_export.runtimes.tvm.gpu.sparse_matmul_nbits import sparse_matmul_nbits
-from qsparse_export.runtimes.tvm.gpu.sparse_ternary_matmul import sparse_ternary_gemm, sparse_ternary_gemv
-from qsparse_export.runtimes.tvm.gpu.topk_sparsify import topk_sparsify
-
-BLOCKS = {"k": 16, "block": 32, "rescale": "l2"}
-
-
-def every_kernel(dtype: str) -> list[tirx.PrimFunc]:
-    """One of each name, of the sizes of a projection in a model of 2B parameters."""
-    programs = [
-        topk_sparsify(k_in=2560, **BLOCKS, dtype=dtype),
-        quantize_rows(k_in=2560, dtype=dtype),
-        sparse_ternary_gemv(k_in=2560, n=[2560, 640, 640], k=1024, dtype=dtype, dot=dp4a),
-        sparse_ternary_gemm(k_in=2560, n=[6912, 6912], k=1024, dtype=dtype, dot=dp4a),
-        sparse_matmul_nbits(k_in=2560, n=[2560, 640, 640], bits=4, group=32, k=1024, dtype=dtype),
-    ]
-    by_name = {str(kernel.attrs["global_symbol"]): kernel for program in programs for kernel in program.kernels}
-    assert len(by_name) == 11
-    return list(by_name.values())
+from qsparse_export.runtimes.tvm.gpu.sparse_ternary_matmul import sparse_ternary_gemv
+from qsparse_export.runtimes.tvm.gpu.workgroup import SHARED_BYTES
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -47,8 +30,10 @@ def test_machine_code_of_every_kernel(tmp_path: Path, arch: str, dtype: str) -> 
     content = library.read_bytes()
     assert list(cubin_architectures(content)) == [arch]
     assert b"__global__" not in content, "there is source in it"
-    for kernel in kernels:
-        assert f".text.{kernel.attrs['global_symbol']}_kernel".encode() in content, "a section of the machine code"
+    taken = resources(content)
+    assert set(taken) == {name_of(kernel) for kernel in kernels}
+    assert not any(each.stack_bytes for each in taken.values()), "registers spill"
+    assert max(each.shared_bytes for each in taken.values()) <= SHARED_BYTES
     assert [path.name for path in tmp_path.iterdir()] == ["kernels.so"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from device_kernels import device_kernels
-from gpu_cases import Case, cases, every_kind, nbits_case, ternary_case, topk_case
+from gpu_cases import Case, cases, every_kind, nbits_case, quantize_case, ternary_case, topk_case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -60,6 +60,12 @@ def test_on_lavapipe(lavapipe: SoftwareDevice, case: Case) -> None:
     run(case, lavapipe)
 
 
+@pytest.mark.web
+@pytest.mark.parametrize("case", some(np.float32, 4), ids=lambda case: case.label)
+def test_in_a_browser(swiftshader: SoftwareDevice, case: Case) -> None:
+    run(case, swiftshader)
+
+
 @pytest.mark.parametrize("case", some(np.float16, 3), ids=lambda case: case.label)
 def test_float16_on_lavapipe(lavapipe: SoftwareDevice, case: Case) -> None:
     """PoCL has no float16 on a CPU."""
@@ -71,7 +77,7 @@ def test_the_cases_run_every_kernel() -> None:
     for path in (ROOT / "runtimes" / "tvm" / "gpu").glob("*.py"):
         written |= set(re.findall(r'\bkernel\("(\w+)"', path.read_text("utf-8")))
     assert len(written) >= 11
-    for chosen in (some(np.float32, 2), some(np.float16, 3)):
+    for chosen in (some(np.float32, 2), some(np.float32, 4), some(np.float16, 3)):
         names = {str(kernel.attrs["global_symbol"]) for case in chosen for kernel in case.program.kernels}
         assert names == written
 
@@ -95,7 +101,7 @@ def test_float_sums_have_one_order(device: SoftwareDevice) -> None:
 
 
 def test_no_kernel_exceeds_what_every_webgpu_device_has() -> None:
-    for case in some(np.float32, 1):
+    for case in some(np.float32, 4):
         for kernel in device_kernels(case.program, "webgpu"):
             shared = re.findall(r"var<workgroup> \w+ : array<\w+32, (\d+)>", kernel.source)
             assert kernel.source.count("var<workgroup>") == len(shared)
@@ -166,3 +172,20 @@ def test_any_rows_ternary(pocl: SoftwareDevice, x: np.ndarray) -> None:
 def test_refusals(call: Callable[[], Program], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "device", ["pocl", "lavapipe", pytest.param("swiftshader", marks=pytest.mark.web)], indirect=True
+)
+def test_quotients_are_rounded_correctly(device: SoftwareDevice) -> None:
+    """Those of many rows' gamma, over all exponents; SwiftShader's own divisions are not."""
+    rng = np.random.default_rng(6)
+    gamma = rng.uniform(1, 2, 4000) * 2.0 ** rng.integers(-16, 127, 4000)
+    gamma[:300] = [
+        *(127 * 2.0 ** np.arange(-20, 100)),
+        *(np.nextafter(np.float32(2.0) ** np.arange(-10, 110), 0)),
+        *range(1, 61),
+    ]
+    x = gamma.astype(np.float32)[:, None]
+    case = quantize_case(np.concatenate([x, x / 127 * rng.integers(0, 127, x.shape) * 0.5], axis=1).astype(np.float32))
+    run(case, device)
