@@ -218,7 +218,9 @@ def _nbits(rng: np.random.Generator, dtype: type) -> Iterator[Case]:
 
 
 def _summable(rng: np.random.Generator, width: int, dtype: type) -> np.ndarray:
-    """Rows whose sums of products fit into float32."""
+    """Rows whose sums of products fit into float32, and one with a single Inf."""
     x = every_kind(rng, width)
     x[KINDS.index("huge")] *= np.float32(1e-10)
-    return as_type(x, dtype)
+    infinite = magnitudes(rng, 1, width, "normal")
+    infinite[0, width // 2] = np.inf
+    return as_type(np.concatenate([x, infinite]), dtype)

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import struct
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tvm import tirx
 
-from qsparse_export.runtimes.tvm.gpu.compile_gpu import ARCHITECTURES, compile_gpu
+from qsparse_export.runtimes.tvm.gpu.compile_gpu import ARCHITECTURES, compile_gpu, find_nvcc
 from qsparse_export.runtimes.tvm.gpu.cubins import ELF_MAGIC, cubin_architectures
 from qsparse_export.runtimes.tvm.gpu.packed_bytes import dp4a
 from qsparse_export.runtimes.tvm.gpu.quantize_rows import quantize_rows
@@ -115,17 +117,28 @@ def _numbers(attributes: bytes) -> Iterator[tuple[int, int, int]]:
             at += length
 
 
+@cache
+def compiled(arch: str, dtype: str) -> bytes:
+    """The library of every kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "kernels.so"
+        compile_gpu(every_kernel(dtype), "cuda", arch, library)
+        return library.read_bytes()
+
+
+def nvcc_version() -> str:
+    """As ``13.0.88``."""
+    said = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    return said.rpartition(", V")[2].split()[0]
+
+
 def table() -> str:
     """Markdown: every kernel for float32 on every architecture."""
-    columns = []
-    with tempfile.TemporaryDirectory() as folder:
-        for arch in ARCHITECTURES:
-            library = Path(folder) / f"{arch}.so"
-            compile_gpu(every_kernel("float32"), "cuda", arch, library)
-            columns.append(resources(library.read_bytes()))
+    columns = [resources(compiled(arch, "float32")) for arch in ARCHITECTURES]
     stack = max(each.stack_bytes for column in columns for each in column.values())
     lines = [
-        f"Registers of a thread (of the 255 there can be), by kernel. Blocks have 256 threads. Most bytes of stack: {stack}.",
+        f"nvcc {nvcc_version()}: registers of a thread (of the 255 there can be). Blocks have 256 threads. Most bytes of stack: "
+        f"{stack}.",
         "",
         f"| kernel | {' | '.join(ARCHITECTURES)} | shared memory, bytes |",
         f"|---|{'---:|' * (len(ARCHITECTURES) + 1)}",
