@@ -8,6 +8,7 @@ import pytest
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "kernels")]
 
+from emulated_cuda import EmulatedCuda
 from lavapipe import Lavapipe
 from pocl import Pocl
 from software_device import SoftwareDevice
@@ -22,6 +23,11 @@ def pocl() -> SoftwareDevice:
 @pytest.fixture(scope="session")
 def lavapipe() -> SoftwareDevice:
     return Lavapipe.open()
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda() -> SoftwareDevice:
+    return EmulatedCuda.open()
 
 
 @pytest.fixture(scope="session")

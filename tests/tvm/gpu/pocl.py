@@ -17,11 +17,10 @@ REMEDY = "pip install 'qsparse-export[tvm-gpu-test]'"
 
 @dataclass
 class Pocl:
-    """``prelude`` is put before every kernel: definitions of what OpenCL C lacks."""
+    """``built`` are the kernels of programs that have run."""
 
     context: cl.Context
     queue: cl.CommandQueue
-    prelude: str = ""
     built: dict[int, tuple[Program, list[tuple[DeviceKernel, cl.Kernel]]]] = field(default_factory=dict)
 
     @staticmethod
@@ -54,7 +53,7 @@ class Pocl:
         """Its kernels, once."""
         if id(program) not in self.built:
             kernels = [
-                (kernel, cl.Kernel(cl.Program(self.context, self.prelude + kernel.source).build(), kernel.name))
+                (kernel, cl.Kernel(cl.Program(self.context, kernel.source).build(), kernel.name))
                 for kernel in device_kernels(program, "opencl")
             ]
             self.built[id(program)] = program, kernels  # with the program, so that its id stays taken

@@ -13,7 +13,6 @@ from gpu_cases import Case, cases, every_kind, nbits_case, quantize_case, ternar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from pocl import Pocl
 from software_device import SoftwareDevice
 from sparse_matmul_cases import integer_weights
 from ternary_cases import ternary_weights
@@ -29,13 +28,6 @@ from qsparse_export.runtimes.tvm.gpu.workgroup import SHARED_BYTES
 
 ROOT = Path(__file__).parents[3]
 
-DP4A = """
-int __dp4a(int a, int b, int sum) {
-  const char4 x = as_char4(a), y = as_char4(b);
-  return sum + x.s0 * y.s0 + x.s1 * y.s1 + x.s2 * y.s2 + x.s3 * y.s3;
-}
-"""
-"""The definition of NVIDIA's instruction, for OpenCL C."""
 WEBGPU_STORAGE_BUFFERS = 8
 """A kernel has at most so many on every WebGPU device."""
 
@@ -82,14 +74,20 @@ def test_the_cases_run_every_kernel() -> None:
         assert names == written
 
 
+@pytest.mark.parametrize("case", some(np.float32, 4) + some(np.float16, 8), ids=lambda case: case.label)
+def test_emulated_cuda(emulated_cuda: SoftwareDevice, case: Case) -> None:
+    """The source that nvcc compiles."""
+    run(case, emulated_cuda)
+
+
 @pytest.mark.parametrize("make", [sparse_ternary_gemv, sparse_ternary_gemm])
-def test_dp4a(pocl: Pocl, make: Callable[..., Program]) -> None:
-    """What is compiled for NVIDIA GPUs, with the instruction's definition in its place."""
+def test_dp4a(emulated_cuda: SoftwareDevice, make: Callable[..., Program]) -> None:
+    """What NVIDIA GPUs have for four products at once."""
     rng = np.random.default_rng(2)
     matrices = [ternary_weights(rng, n, 130, "normal") for n in (130, 5)]
     case = ternary_case(every_kind(rng, 130), matrices, 50, make=make, dot=dp4a)
-    assert any("__dp4a(" in kernel.source for kernel in device_kernels(case.program, "opencl"))
-    run(case, dataclasses.replace(pocl, prelude=DP4A, built={}))
+    assert any("__dp4a(" in kernel.source for kernel in device_kernels(case.program, "cuda"))
+    run(case, emulated_cuda)
 
 
 @pytest.mark.parametrize("device", ["pocl", "lavapipe"], indirect=True)
@@ -175,7 +173,7 @@ def test_refusals(call: Callable[[], Program], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "device", ["pocl", "lavapipe", pytest.param("swiftshader", marks=pytest.mark.web)], indirect=True
+    "device", ["pocl", "lavapipe", "emulated_cuda", pytest.param("swiftshader", marks=pytest.mark.web)], indirect=True
 )
 def test_quotients_are_rounded_correctly(device: SoftwareDevice) -> None:
     """Those of many rows' gamma, over all exponents; SwiftShader's own divisions are not."""
