@@ -170,7 +170,7 @@ class Converters:
         return relax.Tuple([self._with_lead(builder, part, lead) for part in parts])
 
     def _rms_norm(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
-        x, weight = inputs
+        x, _weight = inputs
         *lead, width = _shape(x)
         if attributes.get("axis", -1) not in (-1, len(lead)) or not (_is_float32(x) and isinstance(width, tirx.IntImm)):
             return None

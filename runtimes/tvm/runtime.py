@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-    from qsparse_export.runtimes.tvm.session import Program, TvmSession
+    from qsparse_export.runtimes.tvm.session import TvmSession
     from qsparse_export.targets.target import Target
 
 GRAPH = "model.onnx"

@@ -30,38 +30,35 @@ def cached_attention(lanes: Lanes, *, heads: int, kv_heads: int, width: int) -> 
     The rows T - S to T - 1 of both caches are written in place; the rows before them are the past.
     """
     m, batch, tokens, total, room = (tirx.Var(name, "int64") for name in ("m", "batch", "tokens", "total", "room"))
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("cached_attention")
-            T.func_attr({"tirx.noalias": True})
-            qkv = T.arg("qkv", T.buffer((m, (heads + 2 * kv_heads) * width), "float32"))
-            cos = T.arg("cos", T.buffer((batch, tokens, width // 2), "float32"))
-            sin = T.arg("sin", T.buffer((batch, tokens, width // 2), "float32"))
-            visible = T.arg("visible", T.buffer((batch, 1, tokens, total), "bool"))
-            key = T.arg("key", T.buffer((batch, kv_heads, room, width), "float32"))
-            value = T.arg("value", T.buffer((batch, kv_heads, room, width), "float32"))
-            y = T.arg("y", T.buffer((m, heads * width), "float32"))
-            task = _Task(lanes, heads, kv_heads, width, qkv, cos, sin, visible, key, value, y)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("cached_attention")
+        T.func_attr({"tirx.noalias": True})
+        qkv = T.arg("qkv", T.buffer((m, (heads + 2 * kv_heads) * width), "float32"))
+        cos = T.arg("cos", T.buffer((batch, tokens, width // 2), "float32"))
+        sin = T.arg("sin", T.buffer((batch, tokens, width // 2), "float32"))
+        visible = T.arg("visible", T.buffer((batch, 1, tokens, total), "bool"))
+        key = T.arg("key", T.buffer((batch, kv_heads, room, width), "float32"))
+        value = T.arg("value", T.buffer((batch, kv_heads, room, width), "float32"))
+        y = T.arg("y", T.buffer((m, heads * width), "float32"))
+        task = _Task(lanes, heads, kv_heads, width, qkv, cos, sin, visible, key, value, y)
 
-            def remember(index: Any) -> None:
-                b, s = T.bind(index // tokens), T.bind(index % tokens)
-                with T.serial(0, kv_heads) as head:
-                    task.remember(b, s, head, index, total - tokens + s)
+        def remember(index: Any) -> None:
+            b, s = T.bind(index // tokens), T.bind(index % tokens)
+            with T.serial(0, kv_heads) as head:
+                task.remember(b, s, head, index, total - tokens + s)
 
-            def attend(index: Any) -> None:
-                b = T.bind(index // (kv_heads * tokens))
-                head = T.bind(index // tokens % kv_heads)
-                task.attend(b, T.bind(index % tokens), head, total, tokens)
+        def attend(index: Any) -> None:
+            b = T.bind(index // (kv_heads * tokens))
+            head = T.bind(index // tokens % kv_heads)
+            task.attend(b, T.bind(index % tokens), head, total, tokens)
 
-            with T.If(m == 1):
-                with T.Then():
-                    with T.serial(0, 1) as index:
-                        remember(index)
-                with T.Else():
-                    with T.parallel(0, m) as index:
-                        remember(index)
-            with T.parallel(0, batch * kv_heads * tokens) as index:
-                attend(index)
+        with T.If(m == 1):
+            with T.Then(), T.serial(0, 1) as index:
+                remember(index)
+            with T.Else(), T.parallel(0, m) as index:
+                remember(index)
+        with T.parallel(0, batch * kv_heads * tokens) as index:
+            attend(index)
     return builder.get()
 
 
@@ -122,12 +119,11 @@ class _Task:
             T.buffer_store(seen, tirx.const(0, "int32"), [0])
             with T.serial(0, count) as t:
                 T.buffer_store(seen, seen[0] + T.cast(self.visible[b, 0, s, first + t], "int32"), [0])
-            with T.If(seen[0] != 0):
-                with T.Then():
-                    self._score(b, s, head, first, count, query, scores)
-                    with T.serial(0, group) as g:
-                        self._weigh(g, scores, result, peak, weight_sum)
-                        self._add_values(b, head, g, first, count, scores, result)
+            with T.If(seen[0] != 0), T.Then():
+                self._score(b, s, head, first, count, query, scores)
+                with T.serial(0, group) as g:
+                    self._weigh(g, scores, result, peak, weight_sum)
+                    self._add_values(b, head, g, first, count, scores, result)
         with T.serial(0, group) as g:
             # No visible key: 0 / 0, a row of NaN.
             total_weight = T.bind(weight_sum[g])

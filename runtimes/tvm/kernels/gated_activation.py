@@ -16,21 +16,20 @@ def gated_activation(lanes: Lanes, *, n: int, activation: str) -> tirx.PrimFunc:
     """x float32 [M, 2n], the gate and then what it gates, to y float32 [M, n]; ``activation`` is relu2 or silu."""
     m = tirx.Var("m", "int64")
     activate = {"relu2": _relu2, "silu": _silu}[activation]
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("gated_activation")
-            T.func_attr({"tirx.noalias": True})
-            x = T.arg("x", T.buffer((m, 2 * n), "float32"))
-            y = T.arg("y", T.buffer((m, n), "float32"))
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("gated_activation")
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((m, 2 * n), "float32"))
+        y = T.arg("y", T.buffer((m, n), "float32"))
 
-            def row_of(row: Any) -> None:
-                def gate(column: Any, width: int) -> None:
-                    activated = activate(T.bind(load(x, [row], column, width)), width)
-                    store(y, activated * load(x, [row], column + n, width), [row], column, width)
+        def row_of(row: Any) -> None:
+            def gate(column: Any, width: int) -> None:
+                activated = activate(T.bind(load(x, [row], column, width)), width)
+                store(y, activated * load(x, [row], column + n, width), [row], column, width)
 
-                in_vectors(n, lanes.floats, gate)
+            in_vectors(n, lanes.floats, gate)
 
-            for_rows(m, row_of)
+        for_rows(m, row_of)
     return builder.get()
 
 

@@ -15,39 +15,37 @@ from qsparse_export.runtimes.tvm.lanes import Lanes
 def rms_norm(lanes: Lanes, *, n: int, epsilon: float) -> tirx.PrimFunc:
     """x float32 [M, n], weight float32 [n] to y float32 [M, n]."""
     m = tirx.Var("m", "int64")
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("rms_norm")
-            T.func_attr({"tirx.noalias": True})
-            x = T.arg("x", T.buffer((m, n), "float32"))
-            weight = T.arg("weight", T.buffer((n,), "float32"))
-            y = T.arg("y", T.buffer((m, n), "float32"))
-            for_rows(m, lambda row: _normalise(lanes, x, weight, y, row, n, epsilon))
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("rms_norm")
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((m, n), "float32"))
+        weight = T.arg("weight", T.buffer((n,), "float32"))
+        y = T.arg("y", T.buffer((m, n), "float32"))
+        for_rows(m, lambda row: _normalise(lanes, x, weight, y, row, n, epsilon))
     return builder.get()
 
 
 def add_rms_norm(lanes: Lanes, *, n: int, epsilon: float) -> tirx.PrimFunc:
     """x and residual float32 [M, n], weight float32 [n] to their sum and y, both float32 [M, n]."""
     m = tirx.Var("m", "int64")
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("add_rms_norm")
-            T.func_attr({"tirx.noalias": True})
-            x = T.arg("x", T.buffer((m, n), "float32"))
-            residual = T.arg("residual", T.buffer((m, n), "float32"))
-            weight = T.arg("weight", T.buffer((n,), "float32"))
-            total = T.arg("total", T.buffer((m, n), "float32"))
-            y = T.arg("y", T.buffer((m, n), "float32"))
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("add_rms_norm")
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((m, n), "float32"))
+        residual = T.arg("residual", T.buffer((m, n), "float32"))
+        weight = T.arg("weight", T.buffer((n,), "float32"))
+        total = T.arg("total", T.buffer((m, n), "float32"))
+        y = T.arg("y", T.buffer((m, n), "float32"))
 
-            def row_of(row: Any) -> None:
-                def add(column: Any, width: int) -> None:
-                    value = load(x, [row], column, width) + load(residual, [row], column, width)
-                    store(total, value, [row], column, width)
+        def row_of(row: Any) -> None:
+            def add(column: Any, width: int) -> None:
+                value = load(x, [row], column, width) + load(residual, [row], column, width)
+                store(total, value, [row], column, width)
 
-                in_vectors(n, lanes.floats, add)
-                _normalise(lanes, total, weight, y, row, n, epsilon)
+            in_vectors(n, lanes.floats, add)
+            _normalise(lanes, total, weight, y, row, n, epsilon)
 
-            for_rows(m, row_of)
+        for_rows(m, row_of)
     return builder.get()
 
 

@@ -26,21 +26,20 @@ def sparse_matmul(lanes: Lanes, *, k_in: int, n: tuple[int, ...], k: int, block:
     """x float32 [M, k_in], w float32 [k_in, sum(n)] to y float32 [M, sum(n)]."""
     m = tirx.Var("m", "int64")
     outputs = sum(n)
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("sparse_matmul")
-            T.func_attr({"tirx.noalias": True})
-            x = T.arg("x", T.buffer((m, k_in), "float32"))
-            w = T.arg("w", T.buffer((k_in, outputs), "float32"))
-            y = T.arg("y", T.buffer((m, outputs), "float32"))
-            with T.serial(0, m) as row:
-                masked = T.alloc_buffer((max(k_in, 1),), "float32")
-                channels = T.alloc_buffer((k_in + _CHANNELS,), "int32")
-                active = T.alloc_buffer((1,), "int32")
-                mask_row(lanes, x, row, masked, [], k_in, k, block, rescale)
-                _list_active(masked, channels, active, k_in)
-                with T.parallel(0, -(-outputs // TILE)) as tile:
-                    _product(lanes, masked, channels, active, w, y, row, tile, outputs)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("sparse_matmul")
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((m, k_in), "float32"))
+        w = T.arg("w", T.buffer((k_in, outputs), "float32"))
+        y = T.arg("y", T.buffer((m, outputs), "float32"))
+        with T.serial(0, m) as row:
+            masked = T.alloc_buffer((max(k_in, 1),), "float32")
+            channels = T.alloc_buffer((k_in + _CHANNELS,), "int32")
+            active = T.alloc_buffer((1,), "int32")
+            mask_row(lanes, x, row, masked, [], k_in, k, block, rescale)
+            _list_active(masked, channels, active, k_in)
+            with T.parallel(0, -(-outputs // TILE)) as tile:
+                _product(lanes, masked, channels, active, w, y, row, tile, outputs)
     return builder.get()
 
 

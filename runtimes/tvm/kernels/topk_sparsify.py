@@ -31,13 +31,12 @@ _INFINITY_BITS = 0x7F800000
 def topk_sparsify(lanes: Lanes, *, k_in: int, k: int, block: int, rescale: str) -> tirx.PrimFunc:
     """x float32 [M, k_in] to the masked y float32 [M, k_in]."""
     m = tirx.Var("m", "int64")
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("topk_sparsify")
-            T.func_attr({"tirx.noalias": True})
-            x = T.arg("x", T.buffer((m, k_in), "float32"))
-            y = T.arg("y", T.buffer((m, k_in), "float32"))
-            for_rows(m, lambda row: mask_row(lanes, x, row, y, [row], k_in, k, block, rescale))
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("topk_sparsify")
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((m, k_in), "float32"))
+        y = T.arg("y", T.buffer((m, k_in), "float32"))
+        for_rows(m, lambda row: mask_row(lanes, x, row, y, [row], k_in, k, block, rescale))
     return builder.get()
 
 
