@@ -25,6 +25,7 @@ from qsparse_export.runtimes.tvm.kernels.sparse_matmul_nbits import sparse_matmu
 from qsparse_export.runtimes.tvm.kernels.sparse_ternary_matmul import sparse_ternary_matmul
 from qsparse_export.runtimes.tvm.kernels.topk_sparsify import topk_sparsify
 from qsparse_export.runtimes.tvm.lanes import Lanes
+from qsparse_export.runtimes.tvm.tiling import Tilings
 
 Attributes = dict[str, Any]
 Converter = Callable[[relax.BlockBuilder, list[Any], Attributes], Any]
@@ -36,12 +37,12 @@ _EPSILON = 1e-5  # of ONNX's RMSNormalization where the node says none
 class Converters:
     """The converters of one import; ``otherwise`` are TVM's own, for what a kernel of ours does not take.
 
-    ``parts``: into how many the work of one row of a product is cut, for as many threads.
+    ``tilings`` say how the work of a product is cut.
     """
 
-    def __init__(self, lanes: Lanes, parts: int, otherwise: Otherwise, opset: int) -> None:
+    def __init__(self, lanes: Lanes, tilings: Tilings, otherwise: Otherwise, opset: int) -> None:
         self._lanes = lanes
-        self._parts = parts
+        self._tilings = tilings
         self._otherwise = otherwise
         self._opset = opset
         self._rows: dict[Any, Any] = {}
@@ -90,6 +91,11 @@ class Converters:
             self._kernels[key] = builder.add_func(private, make.__name__)
         return self._kernels[key]
 
+    def _tiled(self, builder: Any, make: Callable[..., tirx.PrimFunc], inputs: list[Any], **static: Any) -> Any:
+        """The same for a product, whose work is cut into tiles; ``inputs`` are x and the weights."""
+        tiling = self._tilings.choose(make, static, int(_shape(inputs[1])[-1]))
+        return self._kernel(builder, make, **static, tiling=tiling)
+
     def _as_rows(self, builder: Any, x: Any) -> Any:
         """``x`` [..., K] as [M, K]."""
         if x in self._rows:
@@ -116,20 +122,18 @@ class Converters:
 
     def _sparse_ternary_matmul(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
         selection = _selection(inputs, attributes)
-        kernel = self._kernel(builder, sparse_ternary_matmul, **selection, n=attributes["n"], parts=self._parts)
+        kernel = self._tiled(builder, sparse_ternary_matmul, inputs, **selection, n=attributes["n"])
         return self._product_of(builder, kernel, inputs, sum(attributes["n"]))
 
     def _ternary_matmul(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
         k_in, n = int(_shape(inputs[0])[-1]), attributes["n"]
         everything = {"k_in": k_in, "k": k_in, "block": 0, "rescale": "none"}
-        kernel = self._kernel(builder, sparse_ternary_matmul, **everything, n=(n,), parts=self._parts)
+        kernel = self._tiled(builder, sparse_ternary_matmul, inputs, **everything, n=(n,))
         return self._product_of(builder, kernel, inputs, n)
 
     def _sparse_matmul_nbits(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
         sizes = {name: attributes[name] for name in ("n", "bits", "group")}
-        kernel = self._kernel(
-            builder, sparse_matmul_nbits, **_selection(inputs, attributes), **sizes, parts=self._parts
-        )
+        kernel = self._tiled(builder, sparse_matmul_nbits, inputs, **_selection(inputs, attributes), **sizes)
         return self._product_of(builder, kernel, inputs, sum(attributes["n"]))
 
     def _sparse_matmul(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
@@ -138,7 +142,7 @@ class Converters:
 
     def _dense_matmul_nbits(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
         sizes = {"k_in": attributes["k"], **{name: attributes[name] for name in ("n", "bits", "group")}}
-        kernel = self._kernel(builder, dense_matmul_nbits, **sizes)
+        kernel = self._tiled(builder, dense_matmul_nbits, inputs, **sizes)
         return self._product_of(builder, kernel, inputs, attributes["n"])
 
     def _topk_sparsify(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:

@@ -16,13 +16,14 @@ from tvm.relax.frontend.onnx import onnx_frontend
 from qsparse_export.errors import ExportError, QSparseError
 from qsparse_export.runtimes.tvm.converters import Converters
 from qsparse_export.runtimes.tvm.lanes import Lanes
+from qsparse_export.runtimes.tvm.tiling import Tilings
 from qsparse_export.runtimes.tvm.weights import Weight
 
 
-def imported(rest: onnx.ModelProto, weights: tuple[Weight, ...], lanes: Lanes, parts: int) -> Any:
+def imported(rest: onnx.ModelProto, weights: tuple[Weight, ...], lanes: Lanes, tilings: Tilings) -> Any:
     """``rest`` as an IRModule whose function ``main`` takes the graph's inputs and then ``weights``.
 
-    ``parts``: see :class:`~qsparse_export.runtimes.tvm.converters.Converters`.
+    ``tilings``: see :class:`~qsparse_export.runtimes.tvm.converters.Converters`.
 
     Raises ExportError, with what TVM says, for a graph that its importer does not take.
     """
@@ -37,7 +38,7 @@ def imported(rest: onnx.ModelProto, weights: tuple[Weight, ...], lanes: Lanes, p
         model.graph.input.append(onnx.helper.make_tensor_value_info(weight.name, element, weight.shape))
     _make_initialisers(model.graph)
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    converters = Converters(lanes, parts, onnx_frontend._get_convert_map(), opset)
+    converters = Converters(lanes, tilings, onnx_frontend._get_convert_map(), opset)
     try:
         with _converters(converters.table()), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about names of inputs, and ops that onnx does not know

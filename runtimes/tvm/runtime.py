@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 MODULE = "model.so"
-DEFAULT_PARTS = 4
-"""Into how many the work of a row is cut where the target does not say its cores."""
+DEFAULT_CORES = 4
+"""Where the target does not say how many it has."""
 
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
@@ -133,11 +133,12 @@ def _build(model: onnx.ModelProto, folder: Path, target: Target, file: Path) -> 
     from qsparse_export.runtimes.tvm.codegen import lanes_of, tvm_target
     from qsparse_export.runtimes.tvm.importer import imported
     from qsparse_export.runtimes.tvm.session import Program
+    from qsparse_export.runtimes.tvm.tiling import DefaultTilings
     from qsparse_export.targets.detect import host
 
     program = Program.of(model, folder)
-    parts = target.threads or target.cores or DEFAULT_PARTS
-    module = imported(program.cut.rest, program.weights, lanes_of(target), parts)
+    tilings = DefaultTilings(target.threads or target.cores or DEFAULT_CORES)
+    module = imported(program.cut.rest, program.weights, lanes_of(target), tilings)
     build(module, tvm_target(target), file, linker(target.triple, host().triple))
 
 

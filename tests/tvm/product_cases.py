@@ -17,19 +17,27 @@ from qsparse_export.formats import nbits
 from qsparse_export.runtimes.tvm.kernels.dense_matmul_nbits import dense_matmul_nbits
 from qsparse_export.runtimes.tvm.kernels.sparse_matmul_nbits import sparse_matmul_nbits
 from qsparse_export.runtimes.tvm.kernels.sparse_ternary_matmul import sparse_ternary_matmul
+from qsparse_export.runtimes.tvm.tiling import Tiling
 
+DEFAULT = Tiling(parts=2)
 Product = SparseTernary | SparseMatMul | DenseMatMul
 _BITS = {3: 8, 4: 4}
 """QSK_INT8 and QSK_INT4 of qsk/status.h."""
 
 
-def kernel_of(case: Product, parts: int = 2) -> tuple[Callable[..., Any], dict[str, Any]]:
+def kernel_of(case: Product, tiling: Tiling = DEFAULT) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The function that makes the case's PrimFunc, and its static values."""
     width = case.x.shape[1]
     if isinstance(case, DenseMatMul):
-        return dense_matmul_nbits, {"n": len(case.codes), "k_in": width, "bits": case.bits, "group": case.group}
+        return dense_matmul_nbits, {
+            "n": len(case.codes),
+            "k_in": width,
+            "bits": case.bits,
+            "group": case.group,
+            "tiling": tiling,
+        }
     rescale = "l2" if case.rescale else "none"
-    selection = {"k_in": width, "k": case.k, "block": case.block, "rescale": rescale, "parts": parts}
+    selection = {"k_in": width, "k": case.k, "block": case.block, "rescale": rescale, "tiling": tiling}
     if isinstance(case, SparseTernary):
         return sparse_ternary_matmul, {**selection, "n": tuple(len(matrix) for matrix in case.matrices)}
     weights = case.weights

@@ -7,8 +7,9 @@ from qsparse_export.runtimes.tvm.kernels.dense_matmul_nbits import dense_matmul_
 from qsparse_export.runtimes.tvm.kernels.sparse_matmul_nbits import sparse_matmul_nbits
 from qsparse_export.runtimes.tvm.kernels.sparse_ternary_matmul import sparse_ternary_matmul
 from qsparse_export.runtimes.tvm.lanes import AVX2, AVX512_VNNI
+from qsparse_export.runtimes.tvm.tiling import Tiling
 
-SELECTION = {"k_in": 256, "n": (130,), "k": 100, "block": 0, "rescale": "none", "parts": 2}
+SELECTION = {"k_in": 256, "n": (130,), "k": 100, "block": 0, "rescale": "none", "tiling": Tiling(2)}
 
 
 def assembly(prim_func, processor):
@@ -20,11 +21,12 @@ def assembly(prim_func, processor):
     ("prim_func", "instruction"),
     [
         (sparse_ternary_matmul(AVX512_VNNI, **SELECTION), "vpdpbusd"),
-        (sparse_matmul_nbits(AVX512_VNNI, **SELECTION, bits=4, group=32), "vpmaddwd"),
-        (dense_matmul_nbits(AVX512_VNNI, n=130, k_in=256, bits=4, group=32), "vpmaddwd"),
+        (sparse_matmul_nbits(AVX512_VNNI, **SELECTION, bits=4, group=32), "vpdpwssd"),
+        (dense_matmul_nbits(AVX512_VNNI, n=130, k_in=256, bits=4, group=32, tiling=Tiling(2)), "vpdpwssd"),
     ],
 )
 def test_avx512_vnni(prim_func, instruction):
+    """vpdpwssd is what LLVM makes of the product of pairs and the addition behind it."""
     assert instruction in assembly(prim_func, "cascadelake")
 
 

@@ -7,20 +7,21 @@ from dense_matmul_cases import DenseMatMul
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import KINDS, magnitudes
-from product_cases import head_cases, kernel_of, nbits_cases, tensors_of, ternary_cases
+from product_cases import DEFAULT, head_cases, kernel_of, nbits_cases, tensors_of, ternary_cases
 from sparse_matmul_cases import SparseMatMul, integer_weights
 from sparse_ternary_cases import SparseTernary
 from ternary_cases import ternary_weights
 
 from qsparse_export.formats import nbits
+from qsparse_export.runtimes.tvm.tiling import Tiling
 
 EVERY = 4
 """Of the cases of the C++ kernels: each shape is compiled anew."""
 every_lanes = pytest.mark.parametrize("lanes", LANES, ids=[lanes.name for lanes in LANES])
 
 
-def run(lanes, case, parts=2):
-    function, static = kernel_of(case, parts)
+def run(lanes, case, tiling=DEFAULT):
+    function, static = kernel_of(case, tiling)
     return call(compiled(function, lanes, **static), *tensors_of(case))
 
 
@@ -34,17 +35,22 @@ def test_cases_of_the_kernels(lanes, cases):
 
 
 @every_lanes
-@pytest.mark.parametrize("parts", [1, 2, 3, 7])
-def test_any_number_of_parts_gives_the_same_bits(lanes, parts):
-    """Long rows share columns, short ones channels: more parts than blocks leave some without work."""
+@pytest.mark.parametrize(
+    "tiling",
+    [Tiling(1), Tiling(2, columns=False), Tiling(3, rows=16), Tiling(7, columns=False, rows=64), Tiling(2, outputs=5)],
+)
+def test_any_tiling_gives_the_same_bits(lanes, tiling):
+    """More parts than blocks leave some without work."""
     rng = np.random.default_rng(4)
-    for outputs in ((130,), (4100, 300)):
+    for outputs in ((130,), (1100, 300)):
         matrices = tuple(ternary_weights(rng, n, 300, "normal") for n in outputs)
         for rows in (1, 9):
             case = SparseTernary(magnitudes(rng, rows, 300, "normal"), matrices, 140)
-            case.check(run(lanes, case, parts))
+            case.check(run(lanes, case, tiling))
             nbits_case = SparseMatMul(case.x, integer_weights(rng, outputs, 300, 4, 32), 140)
-            nbits_case.check(run(lanes, nbits_case, parts))
+            nbits_case.check(run(lanes, nbits_case, tiling))
+    head = DenseMatMul(case.x, rng.integers(-8, 8, (67, 300)).astype(np.int8), _scales(rng, 67, 300, 32), 4, 32)
+    head.check(run(lanes, head, tiling))
 
 
 @every_lanes

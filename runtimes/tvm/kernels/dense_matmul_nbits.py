@@ -26,6 +26,7 @@ from qsparse_export.runtimes.tvm.kernels.emit import (
     vector,
 )
 from qsparse_export.runtimes.tvm.lanes import Lanes
+from qsparse_export.runtimes.tvm.tiling import Tiling
 
 UNIT = 32
 """Inputs whose activations share a unit, where the groups of the weights are made of them."""
@@ -70,12 +71,10 @@ class _Product:
         return max(-(-self.k_in // UNIT), 1) * UNIT
 
 
-def dense_matmul_nbits(
-    lanes: Lanes, *, n: int, k_in: int, bits: int, group: int, outputs_at_once: int = 64
-) -> tirx.PrimFunc:
+def dense_matmul_nbits(lanes: Lanes, *, n: int, k_in: int, bits: int, group: int, tiling: Tiling) -> tirx.PrimFunc:
     """(x float32 [M, k_in], w uint8 [n, output_row_bytes(k_in)], scales float16 [n, groups], y float32 [M, n]), M dynamic.
 
-    Within the bound of the op. Threads take ``outputs_at_once`` outputs at a time.
+    Within the bound of the op. Of the tiling, only the outputs count.
     """
     product = _Product(lanes, n, k_in, bits, group)
     rows = tirx.Var("rows", "int64")
@@ -91,11 +90,11 @@ def dense_matmul_nbits(
         elif product.units:
             with T.If(rows < ROWS_TOGETHER):
                 with T.Then(), T.serial(0, rows) as row:
-                    _in_integers(product, x, w, scales, y, row, outputs_at_once)
+                    _in_integers(product, x, w, scales, y, row, tiling.outputs)
                 with T.Else():
-                    _in_floats(product, x, w, scales, y, rows, outputs_at_once)
+                    _in_floats(product, x, w, scales, y, rows, tiling.outputs)
         else:
-            _in_floats(product, x, w, scales, y, rows, outputs_at_once)
+            _in_floats(product, x, w, scales, y, rows, tiling.outputs)
     return builder.get()
 
 

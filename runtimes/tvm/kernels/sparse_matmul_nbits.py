@@ -29,6 +29,7 @@ from qsparse_export.runtimes.tvm.kernels.emit import (
     vector,
 )
 from qsparse_export.runtimes.tvm.lanes import Lanes
+from qsparse_export.runtimes.tvm.tiling import Tiling
 
 GEMM_ROWS = 8
 RUN_CHANNELS = 128
@@ -104,13 +105,14 @@ def sparse_matmul_nbits(
     rescale: str,
     bits: int,
     group: int,
-    parts: int,
+    tiling: Tiling,
 ) -> tirx.PrimFunc:
     """(x float32 [M, k_in], w uint8 [k_in, columns * bits / 8], scales float16 [groups, columns], y float32 [M, sum(n)]).
 
-    M is dynamic; ``columns`` is the sum of ``formats.nbits.columns(n)``. Within the bound of the op.
+    M is dynamic; ``columns`` is the sum of ``formats.nbits.columns(n)``. Within the bound of the op. Of the
+    tiling, only the parts count: they share the columns.
     """
-    product = _Product(lanes, Selection(k_in, k, block, rescale), tuple(n), bits, group, parts)
+    product = _Product(lanes, Selection(k_in, k, block, rescale), tuple(n), bits, group, tiling.parts)
     rows = tirx.Var("rows", "int64")
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("sparse_matmul_nbits")

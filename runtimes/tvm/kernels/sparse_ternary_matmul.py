@@ -1,6 +1,6 @@
 """SparseTernaryMatMul: selection, quantiser and ternary matrices that share a mask (``qsparse_export.ops``), on a CPU.
 
-Few rows: each reads the weight rows of its active channels, 32 at a time, as pieces that are as long as they can be:
+Few rows: each reads the weight rows of its active channels, some side by side, as pieces that are as long as they can be:
 out of memory the order of access matters more than the arithmetic. Many rows: a dense product, unpacked tile by tile.
 """
 
@@ -19,24 +19,21 @@ from qsparse_export.runtimes.tvm.kernels import ternary_codes as codes
 from qsparse_export.runtimes.tvm.kernels.active_channels import TILE_CHANNELS, Selection, load_row, quantize, select
 from qsparse_export.runtimes.tvm.kernels.emit import LINE_BYTES, add_to, const, fill, fill_rows, prefetch, ramp, vector
 from qsparse_export.runtimes.tvm.lanes import Lanes
+from qsparse_export.runtimes.tvm.tiling import Tiling
 
 GEMM_ROWS = 8
 """From so many rows on the product is dense."""
-GROUP_CHANNELS = 32
-"""Weight rows that are read side by side."""
-LONG_PIECE_BYTES = 1024
-"""Where each part of the columns is as long, threads share the columns; else they share the channels."""
 ROWS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
 class _Product:
-    """The sizes of one node. ``widths`` and ``n``: row bytes and outputs of each matrix; ``parts`` work side by side."""
+    """The sizes of one node. ``widths`` and ``n``: row bytes and outputs of each matrix."""
 
     lanes: Lanes
     selection: Selection
     n: tuple[int, ...]
-    parts: int
+    tiling: Tiling
 
     @property
     def widths(self) -> list[int]:
@@ -60,13 +57,13 @@ class _Product:
 
 
 def sparse_ternary_matmul(
-    lanes: Lanes, *, k_in: int, n: Sequence[int], k: int, block: int, rescale: str, parts: int
+    lanes: Lanes, *, k_in: int, n: Sequence[int], k: int, block: int, rescale: str, tiling: Tiling
 ) -> tirx.PrimFunc:
     """(x float32 [M, k_in], w uint8 [k_in, sum of row_bytes(n)], scales float32 [len(n)], y float32 [M, sum(n)]), M dynamic.
 
-    The integer part and the result are the reference's bits. ``parts``: into how many the work of one row is cut.
+    The integer part and the result are the reference's bits.
     """
-    product = _Product(lanes, Selection(k_in, k, block, rescale), tuple(n), parts)
+    product = _Product(lanes, Selection(k_in, k, block, rescale), tuple(n), tiling)
     rows = tirx.Var("rows", "int64")
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("sparse_ternary_matmul")
@@ -97,17 +94,17 @@ def _quantized_row(product: _Product, x: Any, row: Any, q: Any, facts: Any) -> N
 
 
 def _gemv(product: _Product, x: Any, w: Any, scales: Any, y: Any, row: Any) -> None:
-    room = product.padded + 2 * GROUP_CHANNELS
+    room = product.padded + 2 * product.tiling.rows
     q = T.alloc_buffer((product.padded,), "int8")
     channel = T.alloc_buffer((room,), "int32")
     value = T.alloc_buffer((room,), "int8")
     facts = T.alloc_buffer((2,), "float32")
     groups = T.alloc_buffer((1,), "int32")
     _quantized_row(product, x, row, q, facts)
-    _list_active(product.selection.width, q, channel, value, groups)
-    if product.bytes >= product.parts * LONG_PIECE_BYTES or product.parts == 1:
-        piece = -(-product.blocks // product.parts)
-        with T.parallel(0, product.parts) as part:
+    _list_active(product, q, channel, value, groups)
+    if product.tiling.columns:
+        piece = -(-product.blocks // product.tiling.parts)
+        with T.parallel(0, product.tiling.parts) as part:
             sums = T.alloc_buffer((piece * product.block_sums,), "int32")
             first = part * piece
             count = T.bind(T.max(T.min(product.blocks - first, piece), const(0, "int32")))
@@ -116,30 +113,31 @@ def _gemv(product: _Product, x: Any, w: Any, scales: Any, y: Any, row: Any) -> N
                 _add_group(product, w, channel, value, group, first, count, sums, 0)
             _finish(product, sums, [0], facts, scales, y, row, first, count)
         return
-    sums = T.alloc_buffer((product.parts * product.blocks * product.block_sums,), "int32")
-    with T.parallel(0, product.parts) as part:
+    sums = T.alloc_buffer((product.tiling.parts * product.blocks * product.block_sums,), "int32")
+    with T.parallel(0, product.tiling.parts) as part:
         start = T.bind(part * (product.blocks * product.block_sums))
         fill(sums, start, product.blocks * product.block_sums, "int32", product.lanes.floats)
-        share = T.bind(T.truncdiv(groups[0] + product.parts - 1, const(product.parts, "int32")))
+        share = T.bind(T.truncdiv(groups[0] + product.tiling.parts - 1, const(product.tiling.parts, "int32")))
         begin = T.bind(part * share)
         with T.serial(0, T.max(T.min(share, groups[0] - begin), const(0, "int32"))) as group:
             _add_group(product, w, channel, value, begin + group, 0, product.blocks, sums, start)
-    starts = [part * product.blocks * product.block_sums for part in range(product.parts)]
+    starts = [part * product.blocks * product.block_sums for part in range(product.tiling.parts)]
     _finish(product, sums, starts, facts, scales, y, row, 0, product.blocks)
 
 
-def _list_active(width: int, q: Any, channel: Any, value: Any, groups: Any) -> None:
+def _list_active(product: _Product, q: Any, channel: Any, value: Any, groups: Any) -> None:
     """The channels whose activation is not 0, in order, then two groups of channel 0 with an activation of 0."""
+    group = product.tiling.rows
     count = T.alloc_buffer((1,), "int32", scope="local")
     T.buffer_store(count, const(0, "int32"), [0])
-    with T.serial(0, width) as i:
+    with T.serial(0, product.selection.width) as i:
         T.buffer_store(channel, i, [count[0]])
         T.buffer_store(value, q[i], [count[0]])
         add_to(count, 0, T.Cast("int32", q[i] != const(0, "int8")))
-    with T.serial(0, 2 * GROUP_CHANNELS) as i:
+    with T.serial(0, 2 * group) as i:
         T.buffer_store(channel, const(0, "int32"), [count[0] + i])
         T.buffer_store(value, const(0, "int8"), [count[0] + i])
-    T.buffer_store(groups, T.truncdiv(count[0] + GROUP_CHANNELS - 1, const(GROUP_CHANNELS, "int32")), [0])
+    T.buffer_store(groups, T.truncdiv(count[0] + group - 1, const(group, "int32")), [0])
 
 
 def _add_group(
@@ -156,15 +154,15 @@ def _add_group(
         part = T.alloc_buffer((sets * count,), lanes.ternary.sum_dtype, scope="local")
         for i in range(sets):
             T.buffer_store(part, codes.zeros(lanes), [ramp(i * count, count)])
-        with T.serial(0, GROUP_CHANNELS // step) as i:
-            at = T.bind(group * GROUP_CHANNELS + i * step)
+        with T.serial(0, product.tiling.rows // step) as i:
+            at = T.bind(group * product.tiling.rows + i * step)
             rows = []
             for j in range(step):
                 rows.append(T.bind(w.vload([channel[at + j], column], f"uint8x{size}")))
             for j in range(0, step, per_line):  # a line is asked for once: the blocks in it share the rows of a step
                 ahead = T.bind(at + j + turn)
                 prefetch(w, [channel[ahead], column + LINE_BYTES], 3)
-                prefetch(w, [channel[ahead + GROUP_CHANNELS], column], 2)
+                prefetch(w, [channel[ahead + product.tiling.rows], column], 2)
             values = T.bind(codes.activations(lanes, value, at))
             for h, bytes_ in enumerate(codes.interleaved(lanes, rows)):
                 for p in range(codes.PLANES):

@@ -13,7 +13,8 @@ _LOG2_E = 1.44269504088896341
 # ln 2 in two parts: the first has so few digits that its product with an exponent is exact (Cody and Waite).
 _LN2_HIGH = 0.693359375
 _LN2_LOW = -2.12194440e-4
-# exp(r) = 1 + r + r^2 p(r) for |r| <= ln 2 / 2, p of degree 5 (Moshier, Cephes expf): off by one last place.
+# exp(r) = 1 + r + r^2 p(r) for |r| <= ln 2 / 2, p of degree 5 (Moshier, Cephes expf): an error of about one unit in the
+# last place.
 _POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 
 
