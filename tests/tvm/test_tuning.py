@@ -93,7 +93,7 @@ def test_a_tracker_and_its_devices(tmp_path):
 
 
 def test_a_tracker_that_does_not_answer():
-    with pytest.raises(TargetError, match="no TVM tracker answers at 127.0.0.1"):
+    with pytest.raises(TargetError, match=r"no TVM tracker answers at 127\.0\.0\.1"):
         Tracker("127.0.0.1", free_port(), "board").require_device()
 
 
