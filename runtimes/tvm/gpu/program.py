@@ -34,11 +34,6 @@ class Program:
         """Every tensor by name: its shape (m is the only variable) and dtype."""
         return {buffer.name: buffer for kernel in self.kernels for buffer in kernel.params}
 
-    def scratch(self) -> dict[str, tirx.Buffer]:
-        """What is handed from one kernel to the next."""
-        callers = {*self.inputs, *self.outputs}
-        return {name: buffer for name, buffer in self.buffers().items() if name not in callers}
-
     def shapes(self, m: int) -> dict[str, tuple[int, ...]]:
         """Of every tensor, for ``m`` rows."""
         return {
