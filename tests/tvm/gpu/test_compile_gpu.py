@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+from evidence import COMPILED, Evidence, Record
 from gpu_kernels import compiled, every_kernel, name_of, nvcc_version, resources, table, table_on_page
 from tvm import tirx
 
@@ -25,7 +26,7 @@ from qsparse_export.runtimes.tvm.gpu.workgroup import SHARED_BYTES
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_machine_code_of_every_kernel(arch: str, dtype: str) -> None:
+def test_machine_code_of_every_kernel(arch: str, dtype: str, evidence: Record) -> None:
     content = compiled(arch, dtype)
     assert list(cubin_architectures(content)) == [arch]
     assert b"__global__" not in content, "there is source in it"
@@ -33,6 +34,8 @@ def test_machine_code_of_every_kernel(arch: str, dtype: str) -> None:
     assert set(taken) == {name_of(kernel) for kernel in every_kernel(dtype)}
     assert not any(each.stack_bytes for each in taken.values()), "registers spill"
     assert 0 < max(each.shared_bytes for each in taken.values()) <= SHARED_BYTES
+    for op in ("TopKSparsify", "quantiser", "SparseTernaryMatMul", "SparseMatMulNBits"):
+        evidence(Evidence(op, "TVM GPU", arch, COMPILED))
 
 
 def test_the_page_has_the_table() -> None:

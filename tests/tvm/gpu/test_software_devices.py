@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from device_kernels import device_kernels
+from evidence import EMULATED, EXECUTED, Evidence, Record
 from gpu_cases import Case, cases, every_kind, nbits_case, quantize_case, ternary_case, topk_case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,6 +29,15 @@ from qsparse_export.runtimes.tvm.gpu.workgroup import SHARED_BYTES
 
 ROOT = Path(__file__).parents[3]
 
+OPS = {
+    "topk": "TopKSparsify",
+    "quantize": "quantiser",
+    "sparse_ternary_gemv": "SparseTernaryMatMul",
+    "sparse_ternary_gemm": "SparseTernaryMatMul",
+    "nbits": "SparseMatMulNBits",
+}
+"""By the first word of a case's label."""
+
 WEBGPU_STORAGE_BUFFERS = 8
 """A kernel has at most so many on every WebGPU device."""
 
@@ -43,25 +53,29 @@ def some(dtype: type, step: int) -> list[Case]:
 
 
 @pytest.mark.parametrize("case", some(np.float32, 1), ids=lambda case: case.label)
-def test_on_pocl(pocl: SoftwareDevice, case: Case) -> None:
+def test_on_pocl(pocl: SoftwareDevice, case: Case, evidence: Record) -> None:
     run(case, pocl)
+    evidence(Evidence(OPS[case.label.split()[0]], "TVM GPU", "OpenCL", EXECUTED, "PoCL, on the CPU"))
 
 
 @pytest.mark.parametrize("case", some(np.float32, 2), ids=lambda case: case.label)
-def test_on_lavapipe(lavapipe: SoftwareDevice, case: Case) -> None:
+def test_on_lavapipe(lavapipe: SoftwareDevice, case: Case, evidence: Record) -> None:
     run(case, lavapipe)
+    evidence(Evidence(OPS[case.label.split()[0]], "TVM GPU", "WebGPU", EXECUTED, "Mesa lavapipe, on the CPU"))
 
 
 @pytest.mark.web
 @pytest.mark.parametrize("case", some(np.float32, 4), ids=lambda case: case.label)
-def test_in_a_browser(swiftshader: SoftwareDevice, case: Case) -> None:
+def test_in_a_browser(swiftshader: SoftwareDevice, case: Case, evidence: Record) -> None:
     run(case, swiftshader)
+    evidence(Evidence(OPS[case.label.split()[0]], "TVM GPU", "WebGPU", EXECUTED, "Chromium's SwiftShader"))
 
 
 @pytest.mark.parametrize("case", some(np.float16, 3), ids=lambda case: case.label)
-def test_float16_on_lavapipe(lavapipe: SoftwareDevice, case: Case) -> None:
+def test_float16_on_lavapipe(lavapipe: SoftwareDevice, case: Case, evidence: Record) -> None:
     """PoCL has no float16 on a CPU."""
     run(case, lavapipe)
+    evidence(Evidence(OPS[case.label.split()[0]], "TVM GPU", "WebGPU float16", EXECUTED, "Mesa lavapipe, on the CPU"))
 
 
 def test_the_cases_run_every_kernel() -> None:
@@ -75,9 +89,10 @@ def test_the_cases_run_every_kernel() -> None:
 
 
 @pytest.mark.parametrize("case", some(np.float32, 4) + some(np.float16, 8), ids=lambda case: case.label)
-def test_emulated_cuda(emulated_cuda: SoftwareDevice, case: Case) -> None:
+def test_emulated_cuda(emulated_cuda: SoftwareDevice, case: Case, evidence: Record) -> None:
     """The source that nvcc compiles."""
     run(case, emulated_cuda)
+    evidence(Evidence(OPS[case.label.split()[0]], "TVM GPU", "CUDA source", EMULATED, "blocks and threads on the CPU"))
 
 
 @pytest.mark.parametrize("make", [sparse_ternary_gemv, sparse_ternary_gemm])
