@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from qsparse_export.errors import ExportError, UsageError
+from qsparse_export.errors import BundleError, ExportError, UsageError
 from qsparse_export.runtimes.base import NativeCalls
 from qsparse_export.runtimes.tvm import environment
 from qsparse_export.runtimes.tvm.prologue import Cut, cut
@@ -116,7 +116,13 @@ class TvmSession:
                     f"{cache.given} has room for {values[cache.given].shape[2]} tokens and is to hold {total}; feed a larger "
                     "one, or do not name it among the results"
                 )
-        made = self._main(*(values[name] for name in self._taken), *self._weights)
+        try:
+            made = self._main(*(values[name] for name in self._taken), *self._weights)
+        except (RuntimeError, TypeError, ValueError) as error:  # TVM's own errors have no common base
+            raise BundleError(
+                f"the compiled module does not take what the graph gives it: {error}; feed what the graph's inputs say, or "
+                "export the bundle again"
+            ) from error
         self._runs += 1
         outputs = dict(zip(self.output_names, made if len(self.output_names) > 1 else (made,), strict=True))
         for name, target in results.items():
