@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -35,6 +36,7 @@ def require_tvm() -> None:
             raise TargetError(f"the runtime tvm is made for {package} {wanted}, and {found} is installed; {_INSTALL}")
 
 
+@cache
 def tvm() -> Any:
     """The module ``tvm``, imported with a thread pool for every core; TargetError as :func:`require_tvm`."""
     require_tvm()

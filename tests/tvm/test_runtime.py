@@ -184,7 +184,7 @@ def test_short_weights_are_refused(bundles, tmp_path):
     folder = damaged(bundles("bitnet"), tmp_path, (bundles("bitnet").path / MODULE).read_bytes())
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:5000])
     with pytest.raises(
-        BundleError, match="ends at .*: the file is incomplete or belongs to another graph|cannot be read"
+        BundleError, match=r"ends at .*: the file is incomplete or belongs to another graph|cannot be read"
     ):
         TvmRuntime().open(folder, threads=1, native=True)
 
