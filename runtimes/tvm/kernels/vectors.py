@@ -8,6 +8,8 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from qsparse_export.runtimes.tvm.kernels.emit import shuffled
+
 LOWEST = -87.33654  # of float32 whose exponential is no subnormal number
 _LOG2_E = 1.44269504088896341
 # ln 2 in two parts: the first has so few digits that its product with an exponent is exact (Cody and Waite).
@@ -37,16 +39,43 @@ def store(buffer: Any, value: Any, row: Sequence[Any], column: Any, lanes: int) 
 
 
 def sum_of_lanes(vector: Any, lanes: int) -> Any:
-    """Sum of all lanes (a power of two), neighbours first far apart: log2(lanes) additions."""
+    """Sum of all lanes (a power of two), the halves first: log2(lanes) additions."""
+    return _by_halves(vector, lanes, lambda low, high: low + high)
+
+
+def largest_lane(vector: Any, lanes: int) -> Any:
+    """The largest of all lanes (a power of two)."""
+    return _by_halves(vector, lanes, T.max)
+
+
+def _by_halves(vector: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> Any:
     while lanes > 1:
         lanes //= 2
         vector = T.bind(vector)
-        low, high = (
-            tirx.Shuffle([vector], [tirx.const(i, "int32") for i in range(start, start + lanes)])
-            for start in (0, lanes)
-        )
-        vector = low + high
+        vector = combine(*(shuffled([vector], list(range(start, start + lanes))) for start in (0, lanes)))
     return vector
+
+
+def sums_of_lanes(vectors: list[Any]) -> Any:
+    """The sums of 4 vectors of 4 lanes, or 8 of 8, as the lanes of one.
+
+    Neighbours of two vectors add up within quarters of a register, which one instruction shuffles: [a0+a1, a2+a3, b0+b1,
+    b2+b3] and so on; then all four of a quarter's vectors; at last, of 8 lanes, the halves.
+    """
+    lanes = len(vectors)
+    vectors = [T.bind(vector) for vector in vectors]
+    for _ in range(2):
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [_neighbours_added(a, b, lanes) for a, b in pairs]
+    if lanes == 4:
+        return vectors[0]
+    low = shuffled(vectors, [0, 1, 2, 3, 8, 9, 10, 11])
+    return low + shuffled(vectors, [4, 5, 6, 7, 12, 13, 14, 15])
+
+
+def _neighbours_added(a: Any, b: Any, lanes: int) -> Any:
+    even = [source + 4 * quarter + lane for quarter in range(lanes // 4) for source in (0, lanes) for lane in (0, 2)]
+    return T.bind(shuffled([a, b], even) + shuffled([a, b], [lane + 1 for lane in even]))
 
 
 def exponential(x: Any, lanes: int) -> Any:
