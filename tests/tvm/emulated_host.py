@@ -15,7 +15,7 @@ import tvm_ffi.libinfo
 
 COMPILER = "aarch64-linux-gnu-g++"
 SYSROOT = "/usr/aarch64-linux-gnu"
-_TYPE_CODES = {"i": 0, "u": 1, "f": 2}
+_TYPE_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
 """DLPack's."""
 
 

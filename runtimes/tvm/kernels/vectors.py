@@ -10,7 +10,7 @@ from tvm.tirx.script.builder import ir as T
 
 from qsparse_export.runtimes.tvm.kernels.emit import shuffled
 
-LOWEST = -87.33654  # of float32 whose exponential is no subnormal number
+LOWEST = -104.0  # its exponential is less than half the smallest float32: 0
 _LOG2_E = 1.44269504088896341
 # ln 2 in two parts: the first has so few digits that its product with an exponent is exact (Cody and Waite).
 _LN2_HIGH = 0.693359375
@@ -79,7 +79,7 @@ def _neighbours_added(a: Any, b: Any, lanes: int) -> Any:
 
 
 def exponential(x: Any, lanes: int) -> Any:
-    """exp(x) of float32 lanes; 0 below :data:`LOWEST`, infinity above 88.7, NaN of NaN."""
+    """exp(x) of float32 lanes, subnormal numbers included; 0 from :data:`LOWEST` down, infinity above 88.7, NaN of NaN."""
     floor = splat(LOWEST, lanes)
     ceiling = splat(89.0, lanes)
     x = T.bind(x)
@@ -91,11 +91,10 @@ def exponential(x: Any, lanes: int) -> Any:
     for coefficient in _POLYNOMIAL[1:]:
         polynomial = polynomial * r + splat(coefficient, lanes)
     integer = T.bind(T.cast(exponent, _typed("int32", lanes)))  # of a NaN: any number, and the product stays NaN
-    # 2^exponent in two factors: 2^128 has no float32.
+    # 2^exponent in two factors: 2^128 and 2^-150 have no float32.
     half = T.bind(T.shift_right(integer, splat_int(1, lanes)))
     result = T.bind(polynomial * r * r + r + splat(1.0, lanes))
-    result = result * _power_of_two(half, lanes) * _power_of_two(integer - half, lanes)
-    return T.bind(T.Select(x < floor, splat(0.0, lanes), result))
+    return T.bind(result * _power_of_two(half, lanes) * _power_of_two(integer - half, lanes))
 
 
 def _power_of_two(exponent: Any, lanes: int) -> Any:
