@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import topk_cases
 import tvm
-from compiled_kernels import LANES, compiled
 from evidence import EXECUTED, Evidence
+from prim_func_calls import LANES, compiled
 
 from qsparse_export.formats import nbits
 from qsparse_export.runtimes.tvm.kernels.gated_activation import gated_activation

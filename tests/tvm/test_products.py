@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from compiled_kernels import LANES, call, compiled
 from dense_matmul_cases import DenseMatMul
 from evidence import EXECUTED, Evidence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import KINDS, magnitudes
+from prim_func_calls import LANES, call, compiled
 from product_cases import DEFAULT, head_cases, kernel_of, nbits_cases, op_name, tensors_of, ternary_cases
 from sparse_matmul_cases import SparseMatMul, integer_weights
 from sparse_ternary_cases import SparseTernary
