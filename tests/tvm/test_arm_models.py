@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import tvm_ffi.libinfo
-from emulated_host import COMPILER, SYSROOT, tool
+from emulated_host import COMPILER, SYSROOT, tensor_bytes, tool
 from test_export import CONFIGS, decoder
 
 import qsparse_export as qs
@@ -24,8 +24,6 @@ from qsparse_export.runtimes.tvm.session import Program
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "arm"
 LIBRARIES = {"apache-tvm": "tvm/lib/libtvm_runtime.so", "apache-tvm-ffi": "tvm_ffi/lib/libtvm_ffi.so"}
 """The runtime alone: the compiler, 80 times as large, stays in the wheel."""
-_TYPE_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
-"""DLPack's."""
 
 
 def runtime_for_arm() -> Path:
@@ -68,8 +66,7 @@ def run(host, cpu, module, arguments, folder):
     with (folder / "arguments").open("wb") as file:
         file.write(struct.pack("<i", len(arguments)))
         for array in arguments:
-            header = (_TYPE_CODES[array.dtype.kind], 8 * array.dtype.itemsize, array.ndim, *array.shape)
-            file.write(struct.pack(f"<3i{array.ndim}q", *header) + np.ascontiguousarray(array).tobytes())
+            file.write(tensor_bytes(array))
     emulator = [tool("qemu-aarch64", "qemu-user (apt)"), "-L", SYSROOT, "-cpu", cpu]
     paths = ["-E", f"LD_LIBRARY_PATH={libraries}", "-E", "TVM_NUM_THREADS=2"]
     command = [*emulator, *paths, str(program), str(module), str(folder / "arguments"), str(folder / "results")]
