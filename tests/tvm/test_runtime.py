@@ -261,3 +261,10 @@ def test_a_missing_linker_is_named(monkeypatch):
 def test_more_threads_than_the_pool_has_are_refused(bundles):
     with pytest.raises(TargetError, match=r"4096 threads, and TVM's pool has"):
         bundles("bitnet").open(threads=4096)
+
+
+def test_a_pool_without_a_number_is_refused(bundles, monkeypatch):
+    for word in ("many", "0", "-1"):
+        monkeypatch.setenv("TVM_NUM_THREADS", word)
+        with pytest.raises(UsageError, match=f"TVM_NUM_THREADS is '{word}'; expected a number"):
+            bundles("bitnet").open(threads=1)
