@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from qsparse_export.errors import ExportError, UsageError
+from qsparse_export.errors import BundleError, ExportError, UsageError
 from qsparse_export.runtimes.base import NativeCalls
 from qsparse_export.runtimes.tvm import environment
 from qsparse_export.runtimes.tvm.prologue import Cut, cut
+from qsparse_export.runtimes.tvm.tensors import aligned_zeros, copied, over
 from qsparse_export.runtimes.tvm.weights import Weight, mapped, weights_of
 
 if TYPE_CHECKING:
@@ -116,18 +117,30 @@ class TvmSession:
                     f"{cache.given} has room for {values[cache.given].shape[2]} tokens and is to hold {total}; feed a larger "
                     "one, or do not name it among the results"
                 )
-        made = self._main(*(values[name] for name in self._taken), *self._weights)
+        try:
+            made = self._main(*(values[name] for name in self._taken), *self._weights)
+        except (RuntimeError, TypeError, ValueError) as error:  # TVM's own errors have no common base
+            raise BundleError(
+                f"the compiled module does not take what the graph gives it: {error}; feed what the graph's inputs say, or "
+                "export the bundle again"
+            ) from error
         self._runs += 1
-        outputs = dict(zip(self.output_names, made if len(self.output_names) > 1 else (made,), strict=True))
-        for name, target in results.items():
-            if name not in in_place:
-                target.copyfrom(outputs[name])
-            outputs[name] = target
+        outputs = dict(results)
+        for number, name in enumerate(self.output_names):
+            if (
+                name in in_place
+            ):  # taking a tensor out of what TVM returns takes microseconds, and there are 60 of these
+                continue
+            value = made[number] if len(self.output_names) > 1 else made
+            if name in results:
+                results[name].copyfrom(value)
+            else:
+                outputs[name] = value
         return outputs
 
     def to_tensor(self, array: np.ndarray) -> Any:
         """See :class:`qsparse_export.runtimes.base.Session`."""
-        return self._tvm.runtime.tensor(np.ascontiguousarray(array))
+        return copied(array)
 
     def to_numpy(self, tensor: Any) -> np.ndarray:
         """See :class:`qsparse_export.runtimes.base.Session`."""
@@ -158,9 +171,9 @@ class TvmSession:
         """``cache`` [B, heads, C, D] in a new tensor of max(C, total) tokens; what was not filled is 0."""
         old = self.to_numpy(cache)
         batch, heads, room, width = old.shape
-        new = np.zeros((batch, heads, max(room, total), width), old.dtype)
+        new = aligned_zeros((batch, heads, max(room, total), width), old.dtype)
         new[:, :, :room] = old
-        return self.to_tensor(new)
+        return over(new)
 
 
 def _open_prologue(prologue: onnx.ModelProto) -> onnxruntime.InferenceSession:
