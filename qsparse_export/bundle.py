@@ -62,12 +62,13 @@ class Bundle:
                 )
 
     def require_host(self) -> None:
-        """Raises TargetError when this machine cannot run the bundle's kernels, naming what it lacks."""
+        """Raises TargetError when this machine cannot run the bundle's kernels, naming what it lacks but for a GPU."""
         from qsparse_export.targets.detect import host
+        from qsparse_export.targets.features import CPU_FEATURES
 
         target, here = self.manifest["target"], host()
         try:
-            lacks = sorted(set(target["features"]) - here.features)
+            lacks = sorted((set(target["features"]) & CPU_FEATURES) - here.features)
             machine = (target["arch"], target["system"])
         except (KeyError, TypeError) as error:
             raise BundleError(
@@ -86,16 +87,20 @@ class Bundle:
         """Opens the model to generate text, on ``threads`` threads (None: all cores).
 
         ``native=None`` runs the kernels unless the bundle was made portable; False runs the function bodies.
-        Raises TargetError when the bundle's target is another machine and kernels are asked for.
+        Raises TargetError when the bundle's target is another machine and kernels are asked for, and then also when it is
+        one with a GPU that ONNX Runtime does not reach here.
         """
         from qsparse_export.generate import Generator
-        from qsparse_export.runtimes import get_runtime
+        from qsparse_export.runtimes import get_runtime, gpu_runtime
 
         shape = self.decoder_shape()
         native = self.manifest["native"] if native is None else native
         if native:
             self.require_host()
-        session = get_runtime(self.manifest["runtime"]).open(self.path, threads=threads, native=native)
+        runtime = get_runtime(self.manifest["runtime"])
+        if native and runtime.name == "ort" and "cuda" in self.manifest["target"]["features"]:
+            runtime = gpu_runtime(self.path, self.manifest["target"])
+        session = runtime.open(self.path, threads=threads, native=native)
         return Generator(session, shape, self.path / "tokenizer.json")
 
     def decoder_shape(self) -> DecoderShape:

@@ -29,10 +29,25 @@ def check_target(target: Target, runtime: Runtime, *, portable: bool, dtype: str
             f"qsparse-device-bench is a native program for the runtime ort: there is none for target {target.name} with "
             f"{runtime.name}; leave --with-bench out"
         )
+    if with_bench and "cuda" in target.features:
+        raise TargetError(
+            f"qsparse-device-bench runs on a device's CPU, and target {target.name} is a GPU: leave --with-bench out"
+        )
     native = target.runs_native(portable)
     if native or with_bench:
         runtime.require_target(target)
     return native
+
+
+def with_verifying_library(runtime: Runtime, target: Target, *, native: bool) -> Runtime:
+    """``runtime`` as it verifies a bundle for ``target``: with the GPU's library where this machine's CPU can load it."""
+    if not native or runtime.name != "ort":
+        return runtime
+    from qsparse_export.runtimes.ort import bundled
+    from qsparse_export.runtimes.ort.runtime import OrtRuntime
+
+    built = bundled.verifying_library(target)
+    return OrtRuntime(library=built) if built else runtime
 
 
 def compile_graph(graph: ir.Model, target: Target, runtime: Runtime, folder: Path, *, native: bool) -> tuple[str, ...]:
@@ -70,11 +85,34 @@ def library_record(target: Target, runtime: Runtime, *, native: bool) -> dict[st
     return bundled.record(target)
 
 
+def placement_record(graph: ir.Model, target: Target, *, native: bool) -> dict[str, Any]:
+    """``placement`` of the manifest: which ops of ``graph`` run on the GPU, and which fall back to the CPU; for a CPU nothing.
+
+    ``gpu`` and ``cpu`` count nodes by op, those of function bodies where no kernel of ours runs the op.
+    """
+    if not target.provider_ops:
+        return {}
+    from collections import Counter
+
+    bodies = {name: function for (domain, name, _), function in graph.functions.items() if domain == "ai.qsparse"}
+    on_gpu = target.provider_ops | {f"ai.qsparse::{name}" for name in (target.native_ops if native else ())}
+    counts: dict[str, Counter[str]] = {"gpu": Counter(), "cpu": Counter()}
+    waiting = list(graph.graph.all_nodes())
+    while waiting:
+        node = waiting.pop()
+        name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        if name not in on_gpu and node.domain == "ai.qsparse":
+            waiting.extend(bodies[node.op_type])
+        elif name != "Constant":
+            counts["gpu" if name in on_gpu else "cpu"][name] += 1
+    return {"placement": {device: dict(sorted(ops.items())) for device, ops in counts.items()}}
+
+
 def verification_record(target: Target, runtime: Runtime, *, native: bool) -> dict[str, Any]:
     """Which machine verified the bundle, and with which kernels: ``ran_on`` of the manifest's parity.
 
-    A bundle for another architecture is verified with this machine's own build of the same sources; ``covers_library``
-    says whether the library that ran is the one in the bundle.
+    A bundle for another architecture is verified with this machine's own build of the same sources, one for a GPU with the
+    CPU's kernels in its own library; ``covers_library`` says whether all of the bundle's library was there to be run.
     """
     from qsparse_export.targets.detect import host
 
@@ -83,20 +121,23 @@ def verification_record(target: Target, runtime: Runtime, *, native: bool) -> di
     if native and runtime.name == "ort":
         from qsparse_export.runtimes.ort import bundled
 
-        same = bundled.is_installed(target)
-        record["library"] = bundled.installed_record()
-        record["covers_library"] = same
-        if not same:
+        loaded = bundled.verifying_library(target)
+        record["library"] = bundled.record(target) if loaded else bundled.installed_record()
+        record["covers_library"] = bundled.is_installed(target)
+        if not record["covers_library"] and "cuda" not in target.features:
             record["note"] = (
                 f"the library for {target.triple} in this bundle was not run at export; {here.triple}'s build of the same "
                 "sources was: run qsparse-device-bench on the device"
             )
+    if "cuda" in target.features:
+        record["note"] = "verified on the CPU provider; no GPU ran it"
     return record
 
 
 def add_decoder_files(
     folder: Path,
     files: tuple[str, ...],
+    target: Target,
     config: ModelConfig,
     tokenizer: Mapping[str, bytes] | None,
     *,
@@ -110,7 +151,8 @@ def add_decoder_files(
 
     graph = graph_name(files)
     library = next((name for name in files if name.endswith((".so", ".dylib", ".dll"))), None)
-    plain = genai_config(config.to_dict(), graph, library, shares_cache=shares_cache)
+    provider = "cuda" if "cuda" in target.features else None
+    plain = genai_config(config.to_dict(), graph, library, provider, shares_cache=shares_cache)
     (folder / "genai_config.json").write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
     tokens = dict(tokenizer or {})
     if "tokenizer.json" in tokens:  # onnxruntime-genai refuses a tokenizer without the second file

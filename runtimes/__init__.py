@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qsparse_export.runtimes.base import Runtime
 
 RUNTIMES: dict[str, str] = {
@@ -22,3 +25,15 @@ def get_runtime(name: str) -> Runtime:
         raise UsageError(f"unknown runtime {name!r}; {near_names(name, RUNTIMES)}")
     module, _, cls = RUNTIMES[name].partition(":")
     return getattr(importlib.import_module(f"qsparse_export.runtimes.{module}"), cls)()
+
+
+def gpu_runtime(path: Path, target: Mapping[str, Any]) -> Runtime:
+    """ONNX Runtime on the GPU of this machine, with the library for ``target`` (of a manifest) of the bundle at ``path``.
+
+    TargetError when ONNX Runtime has no CUDA provider here, or there is neither a built library nor nvcc.
+    """
+    from qsparse_export.runtimes.ort import cuda_build
+    from qsparse_export.runtimes.ort.runtime import OrtRuntime, require_cuda_provider
+
+    require_cuda_provider(path)
+    return OrtRuntime(library=cuda_build.build(target["name"], target["triple"], target["features"]), on_gpu=True)
