@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 IMPORT = (
     "inline-functions",  # rules see one flat graph
@@ -50,6 +50,11 @@ LAST = (
     "last-logits",  # after FUSE: the head may have become another op; before the shapes are inferred anew
 )
 
+LOWER_PROVIDER = {
+    "lower-nbits": ("DenseMatMulNBits", "com.microsoft::MatMulNBits"),  # behind last-logits, which looks for the head
+}
+"""As FUSE_PROVIDER."""
+
 LOWER = (
     "attach-bodies",  # the portable fallback and the specification of every custom op
     "infer-shapes",  # after the last rewrite, so that every value of the file carries its shape
@@ -72,7 +77,8 @@ def pipeline_for(
     ``last_logits``: logits of the last position alone.
     """
     last = LAST if last_logits else ()
-    return ",".join(CLEAN + (NARROW if narrow else ()) + _fuse(native_ops, provider_ops) + last + LOWER)
+    lower = _provided(LOWER_PROVIDER, native_ops, provider_ops) + LOWER
+    return ",".join(CLEAN + (NARROW if narrow else ()) + _fuse(native_ops, provider_ops) + last + lower)
 
 
 def foreign_pipeline_for(native_ops: Collection[str], *, provider_ops: Collection[str] = ()) -> str:
@@ -84,13 +90,13 @@ def _fuse(native_ops: Collection[str], provider_ops: Collection[str]) -> tuple[s
     is_own = "SparseMatMul" in native_ops or not provider_ops
     fuse = tuple(name for name in FUSE if name != "fuse-sparse-matmul" or is_own)
     native = tuple(name for name, op in FUSE_NATIVE.items() if op in native_ops)
-    return (
-        fuse
-        + native
-        + tuple(
-            names for names, (own, other) in FUSE_PROVIDER.items() if own not in native_ops and other in provider_ops
-        )
-    )
+    return fuse + native + _provided(FUSE_PROVIDER, native_ops, provider_ops)
+
+
+def _provided(
+    passes: Mapping[str, tuple[str, str]], native_ops: Collection[str], provider_ops: Collection[str]
+) -> tuple[str, ...]:
+    return tuple(names for names, (own, other) in passes.items() if own not in native_ops and other in provider_ops)
 
 
 FOREIGN = foreign_pipeline_for(FUSE_NATIVE.values())

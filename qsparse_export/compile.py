@@ -88,23 +88,25 @@ def library_record(target: Target, runtime: Runtime, *, native: bool) -> dict[st
 def placement_record(graph: ir.Model, target: Target, *, native: bool) -> dict[str, Any]:
     """``placement`` of the manifest: which ops of ``graph`` run on the GPU, and which fall back to the CPU; for a CPU nothing.
 
-    ``gpu`` and ``cpu`` count nodes by op, those of function bodies where no kernel of ours runs the op.
+    Nodes are counted by op. ``bodies`` are ops of ours in a bundle without a library: ONNX Runtime opens their function
+    bodies, folds what is constant in them, and places the rest by itself.
     """
     if not target.provider_ops:
         return {}
     from collections import Counter
 
-    bodies = {name: function for (domain, name, _), function in graph.functions.items() if domain == "ai.qsparse"}
-    on_gpu = target.provider_ops | {f"ai.qsparse::{name}" for name in (target.native_ops if native else ())}
-    counts: dict[str, Counter[str]] = {"gpu": Counter(), "cpu": Counter()}
-    waiting = list(graph.graph.all_nodes())
-    while waiting:
-        node = waiting.pop()
+    counts: dict[str, Counter[str]] = {device: Counter() for device in ("gpu", "cpu", "bodies")}
+    for node in graph.graph.all_nodes():
+        if node.op_type == "Constant":
+            continue
         name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-        if name not in on_gpu and node.domain == "ai.qsparse":
-            waiting.extend(bodies[node.op_type])
-        elif name != "Constant":
-            counts["gpu" if name in on_gpu else "cpu"][name] += 1
+        if node.domain != "ai.qsparse":
+            device = "gpu" if name in target.provider_ops else "cpu"
+        elif native:
+            device = "gpu" if node.op_type in target.native_ops else "cpu"
+        else:
+            device = "bodies"
+        counts[device][name] += 1
     return {"placement": {device: dict(sorted(ops.items())) for device, ops in counts.items()}}
 
 
