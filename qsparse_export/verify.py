@@ -235,7 +235,12 @@ def _compare(path: str, case: Case, traced: _Trace, limit: float, steady: int) -
 def _require_same_untapped(
     folder: Path, runtime: Runtime, case: Case, traced: _Trace, limit: float, *, native: bool
 ) -> None:
-    """The graph as it is shipped must do what the one with taps did, which was compared."""
+    """The graph as it is shipped must do what the one with taps did, which was compared.
+
+    In float16 a tie may fall the other way: ONNX Runtime computes in float32 what its CPU provider has no float16 kernel
+    for, and rounds between two such nodes only what is read, as a tap is.
+    """
+    limit = limit if case.dtype == "float32" else CEILING
     steps = Generator(runtime.open(folder, threads=None, native=native), case.shape).steps(case.prompt)
     for rows, token in zip(traced.steps, traced.tokens, strict=True):
         logits, choose = next(steps)
