@@ -64,11 +64,11 @@ class Bundle:
     def require_host(self) -> None:
         """Raises TargetError when this machine cannot run the bundle's kernels, naming what it lacks but for a GPU."""
         from qsparse_export.targets.detect import host
-        from qsparse_export.targets.features import CPU_FEATURES
+        from qsparse_export.targets.features import GPU_FEATURES
 
         target, here = self.manifest["target"], host()
         try:
-            lacks = sorted((set(target["features"]) & CPU_FEATURES) - here.features)
+            lacks = sorted(set(target["features"]) - GPU_FEATURES - here.features)
             machine = (target["arch"], target["system"])
         except (KeyError, TypeError) as error:
             raise BundleError(
