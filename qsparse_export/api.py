@@ -83,13 +83,13 @@ def export(
 
     Raises a :class:`qsparse_export.errors.QSparseError`: nothing is left in ``out`` then.
     """
-    from qsparse_export.compile import check_target
+    from qsparse_export.compile import check_target, preferred_dtype
     from qsparse_export.foreign import export_onnx
     from qsparse_export.runtimes import get_runtime
     from qsparse_export.targets.target import load_target
 
     device, backend = load_target(target), get_runtime(runtime)
-    dtype = dtype_of(weights, activations, device.dtypes[0])
+    dtype = dtype_of(weights, activations, preferred_dtype(device, backend))
     native = check_target(device, backend, portable=portable, dtype=dtype, with_bench=with_bench)
     options = Options(
         target, runtime, weights, head, activations, not native, verify, pipeline, force, with_bench, logits, on_pass
@@ -153,8 +153,8 @@ def _export_decoder(
         compile_graph,
         graph_name,
         placement_record,
+        preferred_dtype,
         verification_record,
-        with_verifying_library,
     )
     from qsparse_export.exporter import decoder_graph
     from qsparse_export.nn.quantized_source import QuantizedSource
@@ -162,7 +162,7 @@ def _export_decoder(
     from qsparse_export.passes.lower_last_logits import explain
     from qsparse_export.quantization_report import quantization_table
 
-    chosen = precision(config, options.weights, options.head, options.activations, target.dtypes[0])
+    chosen = precision(config, options.weights, options.head, options.activations, preferred_dtype(target, runtime))
     config = chosen.config
     source = QuantizedSource(model.weights, chosen.formats, config.tied_embeddings)
     tell("export")
@@ -197,8 +197,8 @@ def _export_decoder(
         manifest["bench"] = add_device_files(folder, graph_name(files), manifest)
     if options.verify != "none":
         tell("verify")
-        judged = with_verifying_library(runtime, target, native=not options.portable)
-        _verify_decoder(model.weights, source, chosen, graph, judged, options, folder, manifest)
+        here = runtime if options.portable else runtime.on_this_machine(target)
+        _verify_decoder(model.weights, source, chosen, graph, here, options, folder, manifest)
         manifest["parity"]["ran_on"] = verification_record(target, runtime, native=not options.portable)
     return manifest
 
@@ -237,7 +237,7 @@ def _verify_decoder(
 def _export_module(
     model: Model, target: Target, runtime: Runtime, options: Options, folder: Path, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    from qsparse_export.compile import compile_graph, placement_record, verification_record, with_verifying_library
+    from qsparse_export.compile import compile_graph, placement_record, verification_record
     from qsparse_export.exporter import module_graph
     from qsparse_export.verify_module import verify_module
 
@@ -262,9 +262,9 @@ def _export_module(
     manifest |= placement_record(graph, target, native=not options.portable)
     if options.verify != "none":
         tell("verify")
-        judged = with_verifying_library(runtime, target, native=not options.portable)
+        here = runtime if options.portable else runtime.on_this_machine(target)
         manifest["parity"] = verify_module(
-            folder, judged, graph, model.program, options.verify, native=not options.portable
+            folder, here, graph, model.program, options.verify, native=not options.portable
         ).to_dict()
         manifest["parity"]["ran_on"] = verification_record(target, runtime, native=not options.portable)
     return manifest

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from qsparse_export.targets.target import Target
 
 
+def preferred_dtype(target: Target, runtime: Runtime) -> str:
+    """The number format where nothing is asked: the first of the target's that ``runtime`` computes in, if there is any."""
+    return next((dtype for dtype in target.dtypes if dtype in runtime.dtypes), target.dtypes[0])
+
+
 def check_target(target: Target, runtime: Runtime, *, portable: bool, dtype: str, with_bench: bool) -> bool:
     """Whether the bundle will hold native kernels; TargetError, before any work is done, for what ``target`` cannot do.
 
@@ -24,6 +29,16 @@ def check_target(target: Target, runtime: Runtime, *, portable: bool, dtype: str
     """
     target.require_runtime(runtime.name)
     target.require_dtype(dtype)
+    if dtype not in runtime.dtypes:
+        raise TargetError(
+            f"the runtime {runtime.name} computes in {', '.join(runtime.dtypes)}, not in {dtype}: choose --weights keep, or "
+            "another --runtime"
+        )
+    if portable and not runtime.has_bodies:
+        raise TargetError(
+            f"the runtime {runtime.name} compiles kernels and has no function bodies to fall back on: leave --portable out, "
+            "or choose another --runtime"
+        )
     if with_bench and (runtime.name != "ort" or target.library == "impossible"):
         raise TargetError(
             f"qsparse-device-bench is a native program for the runtime ort: there is none for target {target.name} with "
@@ -37,17 +52,6 @@ def check_target(target: Target, runtime: Runtime, *, portable: bool, dtype: str
     if native or with_bench:
         runtime.require_target(target)
     return native
-
-
-def with_verifying_library(runtime: Runtime, target: Target, *, native: bool) -> Runtime:
-    """``runtime`` as it verifies a bundle for ``target``: with the GPU's library where this machine's CPU can load it."""
-    if not native or runtime.name != "ort":
-        return runtime
-    from qsparse_export.runtimes.ort import bundled
-    from qsparse_export.runtimes.ort.runtime import OrtRuntime
-
-    built = bundled.verifying_library(target)
-    return OrtRuntime(library=built) if built else runtime
 
 
 def compile_graph(graph: ir.Model, target: Target, runtime: Runtime, folder: Path, *, native: bool) -> tuple[str, ...]:
@@ -78,11 +82,7 @@ def add_device_bench(folder: Path, target: Target) -> str:
 
 def library_record(target: Target, runtime: Runtime, *, native: bool) -> dict[str, Any] | None:
     """Where the bundle's kernel library comes from, for the manifest; None for a bundle without one."""
-    if not native or runtime.name != "ort":
-        return None
-    from qsparse_export.runtimes.ort import bundled
-
-    return bundled.record(target)
+    return runtime.code_record(target) if native else None
 
 
 def placement_record(graph: ir.Model, target: Target, *, native: bool) -> dict[str, Any]:
@@ -120,18 +120,8 @@ def verification_record(target: Target, runtime: Runtime, *, native: bool) -> di
 
     here = host()
     record: dict[str, Any] = {"arch": here.arch, "system": here.system, "features": sorted(here.features)}
-    if native and runtime.name == "ort":
-        from qsparse_export.runtimes.ort import bundled
-
-        loaded = bundled.verifying_library(target)
-        record["library"] = bundled.record(target) if loaded else bundled.installed_record()
-        record["covers_library"] = bundled.is_installed(target)
-        if not record["covers_library"] and "cuda" not in target.features:
-            record["note"] = (
-                f"the library for {target.triple} in this bundle was not run at export; {here.triple}'s build of the same "
-                "sources was: run qsparse-device-bench on the device"
-            )
-    if "cuda" in target.features:
+    record |= runtime.verified_record(target) if native else {}
+    if target.provider_ops:
         record["note"] = "verified on the CPU provider; no GPU ran it"
     return record
 
@@ -150,10 +140,11 @@ def add_decoder_files(
     ``shares_cache``: the graph takes one buffer as past and present.
     """
     from qsparse_export.runtimes.ort.genai import genai_config
+    from qsparse_export.runtimes.ort.library import CUDA_LIBRARY_NAME, LIBRARY_NAME
 
     graph = graph_name(files)
-    library = next((name for name in files if name.endswith((".so", ".dylib", ".dll"))), None)
-    provider = "cuda" if "cuda" in target.features else None
+    library = next((name for name in (LIBRARY_NAME, CUDA_LIBRARY_NAME) if name in files), None)
+    provider = "cuda" if target.provider_ops else None
     plain = genai_config(config.to_dict(), graph, library, provider, shares_cache=shares_cache)
     (folder / "genai_config.json").write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
     tokens = dict(tokenizer or {})

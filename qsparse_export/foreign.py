@@ -32,7 +32,7 @@ def export_onnx(
     Raises UsageError when weights are to be changed or ``example_inputs`` have no names.
     """
     from qsparse_export.api import manifest_of
-    from qsparse_export.compile import compile_graph, placement_record, verification_record, with_verifying_library
+    from qsparse_export.compile import compile_graph, placement_record, verification_record
     from qsparse_export.lower import lower
     from qsparse_export.passes.pipelines import foreign_pipeline_for
     from qsparse_export.verify_onnx import verify_onnx
@@ -63,9 +63,9 @@ def export_onnx(
     manifest |= placement_record(graph, target, native=not options.portable)
     if options.verify != "none":
         tell("verify")
-        judged = with_verifying_library(runtime, target, native=not options.portable)
+        here = runtime if options.portable else runtime.on_this_machine(target)
         manifest["parity"] = verify_onnx(
-            folder, judged, graph, file.path, inputs, options.verify, native=not options.portable
+            folder, here, graph, file.path, inputs, options.verify, native=not options.portable
         ).to_dict()
         manifest["parity"]["ran_on"] = verification_record(target, runtime, native=not options.portable)
     return manifest

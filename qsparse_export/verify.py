@@ -105,6 +105,12 @@ class Case:
         return DecoderShape.of(self.config, self.dtype)
 
 
+def paths_of(runtime: Runtime, level: Level, *, native: bool) -> tuple[str, ...]:
+    """The ways to run a bundle that are compared: "native" kernels, function "bodies", or one of them when ``quick``."""
+    bodies = runtime.has_bodies and (level == "full" or not native)
+    return (("native",) if native else ()) + (("bodies",) if bodies else ())
+
+
 def prompt_ids(vocab_size: int, tokenizer: Path) -> tuple[int, ...]:
     """``PROMPT_TOKENS`` ids of an English sentence by the bundle's tokenizer, or fixed random ids when it has none."""
     if tokenizer.is_file():
@@ -126,7 +132,7 @@ def verify_decoder(
     noise, limit = 0.0, 0.0
     steady: dict[tuple[int, ...], int] = {}
     paths: list[PathParity] = []
-    for path in (["native"] if native else []) + (["bodies"] if level == "full" or not native else []):
+    for path in paths_of(runtime, level, native=native):
         traced = _trace(folder, runtime, graph, case, count, native=path == "native")
         if not paths:
             noise = _noise(case, traced)

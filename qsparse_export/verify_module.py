@@ -11,7 +11,7 @@ import numpy as np
 from qsparse_export.errors import ParityError
 from qsparse_export.nn.deploy import deploy
 from qsparse_export.rounding import RUNS
-from qsparse_export.verify import CEILING, FLOOR, NOISE_FACTOR, native_ops
+from qsparse_export.verify import CEILING, FLOOR, NOISE_FACTOR, native_ops, paths_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -63,7 +63,7 @@ def verify_module(
     names = tuple(dict.fromkeys(tap.value for tap in taps if tap.value not in given))
     noise, limit = 0.0, FLOOR["float32"]
     paths: list[ModulePathParity] = []
-    for path in (["native"] if native else []) + (["bodies"] if level == "full" or not native else []):
+    for path in paths_of(runtime, level, native=native):
         session = runtime.open(folder, threads=None, native=path == "native", taps=names)
         feeds = dict(zip(session.input_names, _arrays(program.example_inputs), strict=True))
         results = session.run(feeds)

@@ -11,7 +11,7 @@ import numpy as np
 
 from qsparse_export.errors import ParityError
 from qsparse_export.rounding import RUNS
-from qsparse_export.verify import CEILING, FLOOR, NOISE_FACTOR, native_ops
+from qsparse_export.verify import CEILING, FLOOR, NOISE_FACTOR, native_ops, paths_of
 from qsparse_export.verify_module import ModulePathParity
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def verify_onnx(
     floor = FLOOR[_lowest_float(as_it_is.values())]
     noise, limit, free_error = 0.0, floor, 0.0
     paths: list[ModulePathParity] = []
-    for path in (["native"] if native else []) + (["bodies"] if level == "full" or not native else []):
+    for path in paths_of(runtime, level, native=native):
         session = runtime.open(folder, threads=None, native=path == "native", taps=names)
         outputs = {name: session.to_numpy(value) for name, value in session.run(feeds).items()}
         guides = _guides(judge, taps, feeds | outputs)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 RUNTIMES: dict[str, str] = {
     "ort": "ort.runtime:OrtRuntime",
     "reference": "reference.runtime:ReferenceRuntime",
+    "tvm": "tvm.runtime:TvmRuntime",
 }
 
 

@@ -84,12 +84,32 @@ class SessionView:
 
 
 class Runtime(Protocol):
-    """One way to run a graph; ``name`` is what ``--runtime`` takes."""
+    """One way to run a graph; ``name`` is what ``--runtime`` takes.
+
+    ``dtypes`` are the number formats that it computes activations in (NumPy names). ``has_bodies``: it can run function
+    bodies in place of kernels (``native=False``); where it cannot, no bundle of it is portable.
+    """
 
     name: str
+    dtypes: tuple[str, ...]
+    has_bodies: bool
 
     def require_target(self, target: Target) -> None:
         """Raises TargetError when :meth:`compile` could not make native kernels for ``target`` on this machine."""
+        ...
+
+    def on_this_machine(self, target: Target) -> Runtime:
+        """The runtime that verifies here what :meth:`compile` made for ``target``: this one, unless the files are of no use
+        here and it can make its own of the same graph."""
+        ...
+
+    def code_record(self, target: Target) -> dict[str, Any] | None:
+        """Where the native code of a bundle for ``target`` comes from, for the manifest; None where there is none."""
+        ...
+
+    def verified_record(self, target: Target) -> dict[str, Any]:
+        """What native code ran here in place of that for ``target``: ``library``, ``covers_library`` (whether it is the
+        bundle's own) and, where not, a ``note``; empty where there is none."""
         ...
 
     def compile(self, model: ir.Model, target: Target, folder: Path, *, native: bool) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ speaks it is measured just so.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -26,6 +27,8 @@ from qsparse_export.generate import Generator, greedy
 
 if TYPE_CHECKING:
     pass
+
+_LIBRARIES = {"ort": "onnxruntime", "reference": "onnx.reference", "tvm": "tvm"}
 
 
 def main() -> None:
@@ -73,8 +76,7 @@ def _session(request: dict[str, Any], commands: TextIO) -> Iterator[dict[str, An
 
 def _import_runtime(name: str) -> None:
     """What a program imports once is no part of the time that a model takes to load."""
-    if name == "ort":
-        import onnxruntime  # noqa: F401
+    importlib.import_module(_LIBRARIES[name])
 
 
 def _prefill(generator: Generator, ids: list[int]) -> dict[str, float]:

@@ -59,7 +59,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--target", default="cpu", help="device to compile for: a name or a .toml file (default: cpu, this machine)"
     )
-    made.add_argument("--runtime", default="ort", help="what runs the bundle (default: ort, ONNX Runtime)")
+    made.add_argument(
+        "--runtime",
+        default="ort",
+        help="what runs the bundle: ort (default, ONNX Runtime), tvm (compiled to one module, needs the extra [tvm]) or "
+        "reference (NumPy)",
+    )
     made.add_argument("-o", "--out", metavar="DIR", help="output folder (default: NAME-TARGET here)")
     made.add_argument(
         "--sparse-ratio", action="append", default=[], metavar="[PROJ=]R|FILE", help="share of zeros; may be repeated"

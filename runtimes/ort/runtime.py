@@ -14,6 +14,7 @@ from qsparse_export.errors import BundleError, TargetError, UsageError
 from qsparse_export.ops.cached_attention import SHARED_CACHE
 from qsparse_export.runtimes.base import NativeCalls, subtract_calls
 from qsparse_export.runtimes.ort import bundled, library
+from qsparse_export.targets.detect import host
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -36,12 +37,36 @@ class OrtRuntime:
     """
 
     name: str = "ort"
+    dtypes: tuple[str, ...] = ("float32", "float16")
+    has_bodies: bool = True
     library: Path | None = None
     on_gpu: bool = False
 
     def require_target(self, target: Target) -> None:
         """See :class:`qsparse_export.runtimes.base.Runtime`: the installed library serves, or a cross compiler makes one."""
         bundled.require_target(target)
+
+    def on_this_machine(self, target: Target) -> OrtRuntime:
+        """See :class:`qsparse_export.runtimes.base.Runtime`: the graph runs anywhere, with the installed library, or with
+        the CPU's kernels in the one that was built for a GPU."""
+        built = bundled.verifying_library(target)
+        return OrtRuntime(library=built) if built else self
+
+    def code_record(self, target: Target) -> dict[str, Any] | None:
+        """See :class:`qsparse_export.runtimes.base.Runtime`."""
+        return bundled.record(target)
+
+    def verified_record(self, target: Target) -> dict[str, Any]:
+        """See :class:`qsparse_export.runtimes.base.Runtime`."""
+        same, built = bundled.is_installed(target), bundled.verifying_library(target)
+        library = bundled.record(target) if built else bundled.installed_record()
+        record: dict[str, Any] = {"library": library, "covers_library": same}
+        if not same:
+            record["note"] = (
+                f"the library for {target.triple} in this bundle was not run at export; {host().triple}'s build of the same "
+                "sources was: run qsparse-device-bench on the device"
+            )
+        return record
 
     def compile(self, model: ir.Model, target: Target, folder: Path, *, native: bool) -> tuple[str, ...]:
         """Writes the graph, its weights as one external file, and the kernel library when ``native``.

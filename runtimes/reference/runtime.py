@@ -27,9 +27,23 @@ class ReferenceRuntime:
     """Compiles to the graph and its weights alone. Its "native kernels" are the NumPy references of the ops."""
 
     name: str = "reference"
+    dtypes: tuple[str, ...] = ("float32", "float16")
+    has_bodies: bool = True
 
     def require_target(self, target: Target) -> None:
         """See :class:`qsparse_export.runtimes.base.Runtime`; NumPy runs wherever Python does."""
+
+    def on_this_machine(self, target: Target) -> ReferenceRuntime:
+        """See :class:`qsparse_export.runtimes.base.Runtime`."""
+        return self
+
+    def code_record(self, target: Target) -> dict[str, Any] | None:
+        """See :class:`qsparse_export.runtimes.base.Runtime`: there is no native code."""
+        return None
+
+    def verified_record(self, target: Target) -> dict[str, Any]:
+        """See :class:`qsparse_export.runtimes.base.Runtime`."""
+        return {}
 
     def compile(self, model: ir.Model, target: Target, folder: Path, *, native: bool) -> tuple[str, ...]:
         """See :class:`qsparse_export.runtimes.base.Runtime`; runs on every target that has Python."""

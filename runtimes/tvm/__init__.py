@@ -1,0 +1,1 @@
+"""Apache TVM as a runtime: the ops as PrimFuncs, whole graphs through Relax."""

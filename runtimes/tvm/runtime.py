@@ -1,0 +1,174 @@
+"""TVM on CPU: the graph compiled to one shared library by Relax, beside the graph itself and its weights."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qsparse_export.errors import BundleError, TargetError, UsageError
+from qsparse_export.runtimes.tvm import environment
+from qsparse_export.targets.target import load_target
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+    from qsparse_export.runtimes.tvm.session import TvmSession
+    from qsparse_export.targets.target import Target
+
+GRAPH = "model.onnx"
+WEIGHTS = "model.onnx.data"
+MODULE = "model.so"
+DEFAULT_CORES = 4
+"""Where the target does not say how many it has."""
+
+_ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
+
+
+@dataclass(frozen=True)
+class TvmRuntime:
+    """Compiles to ``model.so``, ``model.onnx`` and ``model.onnx.data``; runs the first with the weights of the last.
+
+    ``rebuild``: the graph is compiled again, for this machine, whenever it is opened: how a bundle for another one is
+    verified.
+    """
+
+    name: str = "tvm"
+    dtypes: tuple[str, ...] = ("float32",)
+    has_bodies: bool = False
+    rebuild: bool = False
+
+    def require_target(self, target: Target) -> None:
+        """See :class:`qsparse_export.runtimes.base.Runtime`: TVM is installed, has kernels for it, and a linker is here."""
+        environment.require_tvm()
+        from qsparse_export.runtimes.tvm.build import linker
+        from qsparse_export.runtimes.tvm.codegen import lanes_of
+        from qsparse_export.targets.detect import host
+
+        lanes_of(target)
+        linker(target.triple, host().triple)
+
+    def on_this_machine(self, target: Target) -> TvmRuntime:
+        """See :class:`qsparse_export.runtimes.base.Runtime`: another machine's module is of no use here."""
+        return self if _runs_here(target) else replace(self, rebuild=True)
+
+    def code_record(self, target: Target) -> dict[str, Any] | None:
+        """See :class:`qsparse_export.runtimes.base.Runtime`: TVM's versions and what it was told of the target."""
+        from qsparse_export.runtimes.tvm.codegen import lanes_of, tvm_target
+
+        described = tvm_target(target)
+        return {
+            "triple": target.triple,
+            "lanes": lanes_of(target).name,
+            "llvm_features": sorted(str(attribute) for attribute in described.attrs["mattr"]),
+            **environment.VERSIONS,
+        }
+
+    def verified_record(self, target: Target) -> dict[str, Any]:
+        """See :class:`qsparse_export.runtimes.base.Runtime`."""
+        same = _runs_here(target)
+        record: dict[str, Any] = {"library": self.code_record(load_target("cpu")), "covers_library": same}
+        if not same:
+            record["note"] = (
+                f"the module for {target.triple} in this bundle was compiled, not run; the same graph compiled for this "
+                "machine was: run qsparse-run on the device"
+            )
+        return record
+
+    def compile(self, model: ir.Model, target: Target, folder: Path, *, native: bool) -> tuple[str, ...]:
+        """Writes the graph, its weights as one external file, and the compiled module.
+
+        Raises TargetError where :meth:`require_target` does, ExportError for a graph that TVM cannot import.
+        """
+        from qsparse_export.runtimes.graph_file import write_graph
+
+        if not native:
+            raise TargetError("the runtime tvm compiles kernels alone, no function bodies: leave --portable out")
+        self.require_target(target)
+        files = write_graph(model, folder, GRAPH, WEIGHTS)
+        _build(_read(folder / GRAPH), folder, target, folder / MODULE)
+        return (*files, MODULE)
+
+    def open(
+        self, folder: Path, *, threads: int | None, native: bool, taps: Sequence[str] = (), graph: Path | None = None
+    ) -> TvmSession:
+        """Loads ``folder/model.so``; with ``taps`` or ``graph`` compiles that graph for this machine first.
+
+        Raises UsageError for ``native=False``: there are no bodies; BundleError for a module that is damaged or another
+        machine's.
+        """
+        environment.require_tvm()
+        from qsparse_export.runtimes.tvm.codegen import lanes_of
+        from qsparse_export.runtimes.tvm.session import Program, TvmSession
+
+        if not native:
+            raise UsageError(
+                "a bundle of the runtime tvm has one way to run, its compiled module: leave --no-native out, or export with "
+                "--runtime ort for function bodies"
+            )
+        model = _with_outputs(_read(graph or folder / GRAPH), taps)
+        program = Program.of(model, folder)
+        here = load_target("cpu")
+        variant = f"tvm-{lanes_of(here).name}"
+        weights = folder / WEIGHTS
+        as_compiled = graph is None or (graph.resolve() == (folder / GRAPH).resolve())
+        if as_compiled and not taps and not self.rebuild:
+            _require_module(folder / MODULE, here)
+            return TvmSession(folder / MODULE, program, weights, variant, threads)
+        with tempfile.TemporaryDirectory(prefix="qsparse-tvm-") as scratch:
+            _build(model, folder, here, Path(scratch) / MODULE)
+            return TvmSession(Path(scratch) / MODULE, program, weights, variant, threads)
+
+
+def _runs_here(target: Target) -> bool:
+    here = load_target("cpu")
+    return target.triple == here.triple and target.features <= here.features
+
+
+def _build(model: onnx.ModelProto, folder: Path, target: Target, file: Path) -> None:
+    from qsparse_export.runtimes.tvm.build import build, linker
+    from qsparse_export.runtimes.tvm.codegen import lanes_of, tvm_target
+    from qsparse_export.runtimes.tvm.importer import imported
+    from qsparse_export.runtimes.tvm.session import Program
+    from qsparse_export.runtimes.tvm.tiling import DefaultTilings
+    from qsparse_export.targets.detect import host
+
+    program = Program.of(model, folder)
+    tilings = DefaultTilings(target.threads or target.cores or DEFAULT_CORES)
+    module = imported(program.cut.rest, program.weights, lanes_of(target), tilings)
+    build(module, tvm_target(target), file, linker(target.triple, host().triple))
+
+
+def _read(graph: Path) -> onnx.ModelProto:
+    import onnx
+
+    return onnx.load(graph, load_external_data=False)
+
+
+def _with_outputs(model: onnx.ModelProto, values: Sequence[str]) -> onnx.ModelProto:
+    known = {value.name: value for value in model.graph.value_info}
+    model.graph.output.extend(known[name] for name in values)
+    return model
+
+
+def _require_module(file: Path, here: Target) -> None:
+    """BundleError, before it is loaded, for a module that is no shared library of this machine, or not whole."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{file} cannot be read ({error.strerror}); export the bundle again") from error
+    if content[:4] != b"\x7fELF" or len(content) < 64:
+        raise BundleError(f"{file} is no shared library; the file is damaged: export the bundle again")
+    machine = int.from_bytes(content[18:20], "little")
+    if machine != _ELF_MACHINES.get(here.arch):
+        made_for = next((name for name, number in _ELF_MACHINES.items() if number == machine), f"ELF machine {machine}")
+        raise BundleError(
+            f"{file} was compiled for {made_for}, and this machine is {here.arch}; export with --target cpu"
+        )
+    # The section headers are the last thing that the linker writes: a file that was cut short lacks them.
+    offset, size, count = (int.from_bytes(content[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62)))
+    if offset + size * count > len(content):
+        raise BundleError(f"{file} ends after {len(content)} bytes, too early; the copy is incomplete: copy it again")

@@ -1,0 +1,78 @@
+"""The weights of a graph as TVM tensors over the mapped file: nothing is copied, and what is not read stays on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from qsparse_export.errors import BundleError
+from qsparse_export.runtimes.tvm.environment import tvm
+
+ALIGNMENT_BYTES = 64  # which TVM's generated code takes for granted
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor in the weights' file, ``offset_bytes`` from its begin; ``dtype`` is NumPy's name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset_bytes: int
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """Its type."""
+        return np.dtype(self.dtype)
+
+    @property
+    def size_bytes(self) -> int:
+        """Its length in the file."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.numpy_dtype.itemsize
+
+
+def weights_of(graph: onnx.GraphProto) -> tuple[Weight, ...]:
+    """The initialisers that lie in the external file, in the order of the graph.
+
+    Codes of SparseMatMulNBits become uint8 rows, as they lie in the file: int4 is two codes a byte.
+    """
+    codes = {node.input[1] for node in graph.node if node.op_type == "SparseMatMulNBits"}
+    weights = []
+    for tensor in graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        offset = next((int(entry.value) for entry in tensor.external_data if entry.key == "offset"), 0)
+        shape = tuple(tensor.dims)
+        if tensor.name in codes:
+            bits = 4 if tensor.data_type == onnx.TensorProto.INT4 else 8
+            weights.append(Weight(tensor.name, "uint8", (*shape[:-1], shape[-1] * bits // 8), offset))
+        else:
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            weights.append(Weight(tensor.name, dtype.name, shape, offset))
+    return tuple(weights)
+
+
+def mapped(weights: tuple[Weight, ...], file: Path) -> list[Any]:
+    """A TVM tensor of each weight, over a private mapping of ``file``; BundleError where the file is too short."""
+    if not weights:
+        return []
+    # Copy-on-write: DLPack has no word for memory that is only read.
+    content = np.memmap(file, dtype=np.uint8, mode="c")
+    tensors = []
+    for weight in weights:
+        end = weight.offset_bytes + weight.size_bytes
+        if end > len(content):
+            raise BundleError(
+                f"{file} has {len(content)} bytes, and {weight.name} ends at {end}: the file is incomplete or belongs to "
+                "another graph; export the bundle again"
+            )
+        array = content[weight.offset_bytes : end].view(weight.dtype).reshape(weight.shape)
+        if array.ctypes.data % ALIGNMENT_BYTES:
+            tensors.append(tvm().runtime.tensor(np.array(array)))
+        else:
+            tensors.append(tvm().runtime.from_dlpack(array))
+    return tensors
