@@ -163,7 +163,7 @@ class OrtSession:
         if on_gpu and CUDA_PROVIDER not in self._session.get_providers():  # it only warns, and runs on the CPU
             raise TargetError(
                 f"{folder}: ONNX Runtime {onnxruntime.__version__} has a CUDA provider and cannot start it: look at nvidia-smi, "
-                f"and for CUDA 13 and cuDNN 9 (pip install 'onnxruntime-gpu[cuda,cudnn]'); {ON_CPU}"
+                f"and for CUDA 13 and cuDNN 9 (pip install 'onnxruntime-gpu[cuda,cudnn]'), {ON_CPU}"
             )
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
