@@ -42,8 +42,8 @@ class FuseGqa(Pass):
     CachedAttention is faster than both (docs/decode-overhead.md): there it is in no default pipeline. With a bias every row
     counts as full and the bias hides its padding, so that left padding and positions keep their meaning; ONNX Runtime
     refuses, with an error, several tokens of several sequences after a filled cache. ``right`` is for CUDA, whose kernel
-    takes a bias only since ONNX Runtime 1.31 and then not the flash one (docs/adr/cuda-pads-right.md): rows are padded on the
-    right, as onnxruntime-genai does. The op is causal, so a mask that is not provably so is left alone.
+    takes a bias only since ONNX Runtime 1.31 and then not the flash one, and float16 alone (docs/adr/cuda-pads-right.md): rows
+    are padded on the right, as onnxruntime-genai does. The op is causal, so a mask that is not provably so is left alone.
     """
 
     padding: str = "any"
@@ -90,6 +90,8 @@ def _match(graph: ir.Graph, node: ir.Node, padding: str) -> AttentionMatch | str
     width = key.shape[-1] if key is not None and key.shape is not None else None
     if not isinstance(width, int) or width % HEAD_MULTIPLE:
         return f"heads are {width} wide, and GroupQueryAttention takes multiples of {HEAD_MULTIPLE}"
+    if padding == "right" and node.outputs[0].dtype != ir.DataType.FLOAT16:
+        return "CUDA's kernel takes float16 alone"
     if padding == "right" and attended_slots(graph, mask) is None:
         return "the mask is not provably that of attended slots and causal, and nothing more"
     if padding != "right" and not is_causal(graph, mask):

@@ -28,7 +28,7 @@ PACKAGE = "onnxruntime-gpu==1.31.1"
 """The newest on PyPI in November 2026."""
 
 SOURCE = Path(__file__).parent / "stand_in_runtime.cc"
-RUNTIME, DRIVER, CUDNN = "libcudart.so.13", "libcuda.so.1", "libcudnn.so"
+RUNTIME, DRIVER, CUDNN = "libcudart.so.13", "libcuda.so.1", "libcudnn.so.9"
 TENSORRT = ("libnvinfer.so.10", "libnvonnxparser.so.10")
 _PREFIXES = r"(?:__cuda|cuda|cublas|cudnn|curand|cuTensor|createInfer|createNv|getPlugin|getInfer)\w*"
 _VERSION = {"cudnnGetVersion": 92000}
@@ -80,7 +80,7 @@ def _wanted(providers: list[Path]) -> dict[str, set[str]]:
         listed = subprocess.run(nm, capture_output=True, text=True, check=True).stdout
         for name, library in re.findall(rf"U ({_PREFIXES})(?:@+(\S+))?$", listed, re.MULTILINE):
             wanted[library or (TENSORRT[0] if name.startswith(("create", "get")) else DRIVER)].add(name)
-    wanted[CUDNN] = {name.decode() for name in re.findall(rb"(?<=\0)cudnn[A-Z]\w+(?=\0)", providers[0].read_bytes())}
+    wanted[CUDNN] |= {name.decode() for name in re.findall(rb"(?<=\0)cudnn[A-Z]\w+(?=\0)", providers[0].read_bytes())}
     return wanted
 
 
