@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from qsparse_export.config import ModelConfig
 from qsparse_export.errors import TargetError
 from qsparse_export.nn.decoder import Decoder
 from qsparse_export.runtimes.ort import cuda_build
-from qsparse_export.runtimes.ort.library import CUDA_LIBRARY_NAME, open_library
+from qsparse_export.runtimes.ort.library import CUDA_LIBRARY_NAME, needed_glibc, open_library
 from qsparse_export.runtimes.ort.runtime import GRAPH, OrtRuntime
 from qsparse_export.targets.detect import host
 from qsparse_export.targets.target import load_target
@@ -184,11 +186,32 @@ def test_an_nvcc_that_does_not_run_is_named(monkeypatch, export, tmp_path):
     refused(export, tmp_path, "cuda", f"{broken} --version failed: no licence; install CUDA again")
 
 
-def test_another_architecture_is_refused_with_the_reason(export, tmp_path):
-    other = "cuda-sm87" if host().arch == "x86_64" else "cuda-sm89"
-    refused(
-        export, tmp_path, other, "links for it only with CUDA's static runtime of that architecture, which is not here"
+def test_a_jetson_without_its_cuda_runtime_is_refused_with_what_to_do(monkeypatch, export, tmp_path):
+    monkeypatch.setenv(cuda_build.CROSS_VARIABLE, str(tmp_path))
+    reason = (
+        f"target cuda-sm87 is aarch64-unknown-linux-gnu: nvcc links for it with CUDA's static runtime of that machine, and "
+        f"{tmp_path} has no libcudart_static.a. Install .*manylinux_2_17_aarch64 .*QSPARSE_CUDA_CROSS=DIR; .*--portable"
     )
+    refused(export, tmp_path, "cuda-sm87", reason)
+
+
+def test_a_jetson_with_it_gets_code_for_its_processor_and_its_gpu(monkeypatch, export, tmp_path):
+    runtime = tmp_path / "runtime"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--target", runtime]
+    release = re.match(r"nvcc (\d+\.\d+)", cuda_build.require_tools("cuda", host().triple, ["cuda"]).compiler_version)
+    assert release
+    package = f"nvidia-cuda-runtime=={release[1]}.*"
+    subprocess.run([*pip, "--platform", "manylinux_2_17_aarch64", package], check=True)
+    monkeypatch.setenv(cuda_build.CROSS_VARIABLE, str(runtime))
+    made = export("cuda-sm87", verify="quick")
+    library = made.path / CUDA_LIBRARY_NAME
+    assert int.from_bytes(library.read_bytes()[18:20], "little") == 183  # EM_AARCH64
+    assert gpus_in(library) == {87}
+    assert made.manifest["library"]["triple"] == "aarch64-unknown-linux-gnu"
+    assert made.manifest["parity"]["ran_on"]["library"]["triple"] == host().triple, (
+        "the installed one, of the same sources"
+    )
+    assert needed_glibc(library) <= "2.35"
 
 
 def test_what_runs_on_a_cpu_is_no_part_of_it(export, tmp_path):
