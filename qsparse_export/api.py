@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qsparse_export.loader import Model
     from qsparse_export.lower import Lowered
     from qsparse_export.passes.base import OnPass
-    from qsparse_export.runtimes.base import Runtime
+    from qsparse_export.runtimes.base import Runtime, Tuning
     from qsparse_export.targets.target import Target
     from qsparse_export.weights import WeightSource
 
@@ -68,6 +68,7 @@ def export(
     dynamic_shapes: Any = None,
     with_bench: bool = False,
     logits: Literal["all", "last"] = "all",
+    tuning: Tuning | None = None,
     on_stage: Callable[[str], None] | None = None,
     on_pass: OnPass | None = None,
 ) -> Bundle:
@@ -78,7 +79,8 @@ def export(
     for torch.export). Before success the bundle is run against PyTorch (see :mod:`qsparse_export.verify`) and written
     atomically. An ONNX file is verified against itself, run by ONNX Runtime on ``example_inputs`` by name, or on inputs
     that are made up. A target whose runtime can load no library gets the function bodies alone. ``with_bench`` puts
-    qsparse-device-bench into the bundle of a decoder. ``on_stage`` is told the name of each stage as it starts, ``on_pass``
+    qsparse-device-bench into the bundle of a decoder. ``tuning``: kernels are measured first, which the runtime tvm can
+    do. ``on_stage`` is told the name of each stage as it starts, ``on_pass``
     the graph after each pass.
 
     Raises a :class:`qsparse_export.errors.QSparseError`: nothing is left in ``out`` then.
@@ -89,6 +91,8 @@ def export(
     from qsparse_export.targets.target import load_target
 
     device, backend = load_target(target), get_runtime(runtime)
+    if tuning is not None:
+        backend = backend.tuned(tuning)
     dtype = dtype_of(weights, activations, preferred_dtype(device, backend))
     native = check_target(device, backend, portable=portable, dtype=dtype, with_bench=with_bench)
     options = Options(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +25,22 @@ def subtract_calls(after: NativeCalls, before: NativeCalls) -> NativeCalls:
             if new:
                 calls.setdefault(op, {})[variant] = new
     return calls
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How kernels are tuned before they are compiled: ``trials`` candidates of each are measured (0: those on record count).
+
+    ``database`` is the folder of records (None: the runtime's own). ``tracker`` "host:port" and ``key`` name a device that
+    candidates run on in place of this machine. ``report`` is told of every measurement: how many are done, of how many, and
+    a line of text.
+    """
+
+    trials: int = 0
+    database: Path | None = None
+    tracker: str | None = None
+    key: str | None = None
+    report: Callable[[int, int, str], None] | None = None
 
 
 class Session(Protocol):
@@ -96,6 +113,10 @@ class Runtime(Protocol):
 
     def require_target(self, target: Target) -> None:
         """Raises TargetError when :meth:`compile` could not make native kernels for ``target`` on this machine."""
+        ...
+
+    def tuned(self, tuning: Tuning) -> Runtime:
+        """This runtime with kernels tuned as :meth:`compile` makes them; UsageError where nothing can be tuned."""
         ...
 
     def on_this_machine(self, target: Target) -> Runtime:

@@ -59,6 +59,12 @@ class Stages:
         self._name: str | None = None
         self._start = 0.0
 
+    def step(self, done: int, total: int, text: str) -> None:
+        """A line about one of ``total`` steps of the current stage, and how far that is."""
+        if not self._quiet:
+            self._bar.write(f"    [{done}/{total}] {text}", file=sys.stderr)
+        self._bar.set_description_str(f"{self._name} {done}/{total}")
+
     def __call__(self, name: str | None) -> None:
         """Ends the current stage and begins ``name`` (None: all is done)."""
         now = time.perf_counter()

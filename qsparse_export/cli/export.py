@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qsparse_export.cli.console import Stages, print_json, run, say
+from qsparse_export.errors import UsageError
 from qsparse_export.precision import ACTIVATIONS, HEADS, WEIGHTS
 
 if TYPE_CHECKING:
     from qsparse_export.bundle import Bundle
+    from qsparse_export.runtimes.base import Tuning
 
 STAGES = 6  # load, export, lower, compile, verify, bundle
 
@@ -30,6 +33,7 @@ examples
   qsparse-export SmolLM2.gguf --sparse-ratio 0.25 --weights int4
   qsparse-export ./bitnet-2b-4t --head int8 --verify quick
   qsparse-export shape:qsparse-700m,layers=2 --seed 1
+  qsparse-export model.pt --runtime tvm --target raspberry-pi-5 --tune 8 --tune-rpc farm:9190
 
 --sparse-ratio is the share of zeros: R for every projection, or PROJECTION=R for qkv, o, gate_up or down; later ones win;
 or the path of a TOML file of name patterns. A checkpoint that says its own sparsity keeps it, unless --override.
@@ -116,6 +120,19 @@ def parser() -> argparse.ArgumentParser:
         help="last: of the prompt's last token alone, which is all that generating needs and makes prompts faster; no "
         "perplexity then (default: all)",
     )
+    made.add_argument(
+        "--tune",
+        type=int,
+        metavar="N",
+        help="with --runtime tvm: measure up to N ways to cut the work of each product, and take the fastest",
+    )
+    made.add_argument(
+        "--tune-db",
+        metavar="DIR",
+        help="folder of the measurements, which later exports reuse (default: one in the user's cache)",
+    )
+    made.add_argument("--tune-rpc", metavar="HOST:PORT", help="measure on a device of this TVM RPC tracker")
+    made.add_argument("--tune-key", metavar="KEY", help="the device's name there (default: the target's name)")
     made.add_argument("--trust", action="store_true", help="allow loading a .pt2 file, which executes code from it")
     made.add_argument("--override", action="store_true", help="let --sparse-ratio contradict the checkpoint")
     made.add_argument(
@@ -167,6 +184,7 @@ def _command(argv: Sequence[str]) -> None:
         example_inputs=read_inputs(arguments.inputs) if arguments.inputs else None,
         with_bench=arguments.with_bench,
         logits=arguments.logits,
+        tuning=_tuning(arguments, stages),
         on_stage=stages,
         on_pass=watch.on_pass(),
     )
@@ -175,6 +193,20 @@ def _command(argv: Sequence[str]) -> None:
         print_json({"path": str(bundle.path), **bundle.manifest})
     else:
         _report(bundle)
+
+
+def _tuning(arguments: argparse.Namespace, stages: Stages) -> Tuning | None:
+    given = (arguments.tune, arguments.tune_db, arguments.tune_rpc, arguments.tune_key)
+    if all(value is None for value in given):
+        return None
+    from qsparse_export.runtimes.base import Tuning
+
+    if arguments.tune is not None and arguments.tune < 1:
+        raise UsageError(f"--tune {arguments.tune}: expected 1 or more measurements of each product")
+    if arguments.tune is None and (arguments.tune_rpc or arguments.tune_key):
+        raise UsageError("--tune-rpc and --tune-key say where to measure: give --tune N too")
+    database = Path(arguments.tune_db) if arguments.tune_db else None
+    return Tuning(arguments.tune or 0, database, arguments.tune_rpc, arguments.tune_key, stages.step)
 
 
 def _report(bundle: Bundle) -> None:

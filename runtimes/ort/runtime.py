@@ -12,7 +12,7 @@ import numpy as np
 
 from qsparse_export.errors import BundleError, TargetError, UsageError
 from qsparse_export.ops.cached_attention import SHARED_CACHE
-from qsparse_export.runtimes.base import NativeCalls, subtract_calls
+from qsparse_export.runtimes.base import NativeCalls, Tuning, subtract_calls
 from qsparse_export.runtimes.ort import bundled, library
 from qsparse_export.targets.detect import host
 
@@ -45,6 +45,10 @@ class OrtRuntime:
     def require_target(self, target: Target) -> None:
         """See :class:`qsparse_export.runtimes.base.Runtime`: the installed library serves, or a cross compiler makes one."""
         bundled.require_target(target)
+
+    def tuned(self, tuning: Tuning) -> OrtRuntime:
+        """See :class:`qsparse_export.runtimes.base.Runtime`: the kernels choose at run time, by rule."""
+        raise UsageError(f"the runtime {self.name} tunes nothing at export; --tune and its like go with --runtime tvm")
 
     def on_this_machine(self, target: Target) -> OrtRuntime:
         """See :class:`qsparse_export.runtimes.base.Runtime`: the graph runs anywhere, with the installed library, or with

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qsparse_export.runtimes.base import NativeCalls
+from qsparse_export.errors import UsageError
+from qsparse_export.runtimes.base import NativeCalls, Tuning
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -32,6 +33,10 @@ class ReferenceRuntime:
 
     def require_target(self, target: Target) -> None:
         """See :class:`qsparse_export.runtimes.base.Runtime`; NumPy runs wherever Python does."""
+
+    def tuned(self, tuning: Tuning) -> ReferenceRuntime:
+        """See :class:`qsparse_export.runtimes.base.Runtime`: the kernels choose at run time, by rule."""
+        raise UsageError(f"the runtime {self.name} tunes nothing at export; --tune and its like go with --runtime tvm")
 
     def on_this_machine(self, target: Target) -> ReferenceRuntime:
         """See :class:`qsparse_export.runtimes.base.Runtime`."""

@@ -57,3 +57,11 @@ def tvm_target(target: Target) -> Any:
     """The ``tvm.target.Target`` of a CPU."""
     attributes = sorted(f"+{_LLVM_FEATURES[feature]}" for feature in target.features if feature in _LLVM_FEATURES)
     return tvm().target.Target({"kind": "llvm", "mtriple": target.triple, "mattr": attributes})
+
+
+def runs_here(target: Target) -> bool:
+    """Whether this machine has all that code for ``target`` may use."""
+    from qsparse_export.targets.detect import host
+
+    here = host()
+    return target.triple == here.triple and target.features <= here.features

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qsparse_export.errors import BundleError, TargetError, UsageError
+from qsparse_export.runtimes.base import Tuning
 from qsparse_export.runtimes.tvm import environment
+from qsparse_export.runtimes.tvm.codegen import lanes_of, runs_here, tvm_target
+from qsparse_export.runtimes.tvm.tiling import DefaultTilings, Tilings, cores_of
 from qsparse_export.targets.target import load_target
 
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-    from qsparse_export.runtimes.tvm.session import TvmSession
+    from qsparse_export.runtimes.tvm.session import Program, TvmSession
     from qsparse_export.targets.target import Target
 
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 MODULE = "model.so"
-DEFAULT_CORES = 4
-"""Where the target does not say how many it has."""
+TILINGS = "tilings.json"
+"""How the work of each product is cut, and the microseconds that this was chosen for where it was measured."""
 
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
@@ -33,31 +37,34 @@ class TvmRuntime:
     """Compiles to ``model.so``, ``model.onnx`` and ``model.onnx.data``; runs the first with the weights of the last.
 
     ``rebuild``: the graph is compiled again, for this machine, whenever it is opened: how a bundle for another one is
-    verified.
+    verified. ``tuning``: see :meth:`tuned`.
     """
 
     name: str = "tvm"
     dtypes: tuple[str, ...] = ("float32",)
     has_bodies: bool = False
     rebuild: bool = False
+    tuning: Tuning = field(default_factory=Tuning)
 
     def require_target(self, target: Target) -> None:
         """See :class:`qsparse_export.runtimes.base.Runtime`: TVM is installed, has kernels for it, and a linker is here."""
         environment.require_tvm()
         from qsparse_export.runtimes.tvm.build import linker
-        from qsparse_export.runtimes.tvm.codegen import lanes_of
         from qsparse_export.targets.detect import host
 
         lanes_of(target)
         linker(target.triple, host().triple)
 
+    def tuned(self, tuning: Tuning) -> TvmRuntime:
+        """See :class:`qsparse_export.runtimes.base.Runtime`: the tilings of products are measured."""
+        return replace(self, tuning=tuning)
+
     def on_this_machine(self, target: Target) -> TvmRuntime:
         """See :class:`qsparse_export.runtimes.base.Runtime`: another machine's module is of no use here."""
-        return self if _runs_here(target) else replace(self, rebuild=True)
+        return self if runs_here(target) else replace(self, rebuild=True)
 
     def code_record(self, target: Target) -> dict[str, Any] | None:
         """See :class:`qsparse_export.runtimes.base.Runtime`: TVM's versions and what it was told of the target."""
-        from qsparse_export.runtimes.tvm.codegen import lanes_of, tvm_target
 
         described = tvm_target(target)
         return {
@@ -69,7 +76,7 @@ class TvmRuntime:
 
     def verified_record(self, target: Target) -> dict[str, Any]:
         """See :class:`qsparse_export.runtimes.base.Runtime`."""
-        same = _runs_here(target)
+        same = runs_here(target)
         record: dict[str, Any] = {"library": self.code_record(load_target("cpu")), "covers_library": same}
         if not same:
             record["note"] = (
@@ -88,9 +95,15 @@ class TvmRuntime:
         if not native:
             raise TargetError("the runtime tvm compiles kernels alone, no function bodies: leave --portable out")
         self.require_target(target)
+        from qsparse_export.runtimes.tvm.session import Program
+        from qsparse_export.runtimes.tvm.tuning import chosen_tilings
+
         files = write_graph(model, folder, GRAPH, WEIGHTS)
-        _build(_read(folder / GRAPH), folder, target, folder / MODULE)
-        return (*files, MODULE)
+        program = Program.of(_read(folder / GRAPH), folder)
+        tilings, table = chosen_tilings(program, target, self.tuning)
+        _build(program, target, tilings, folder / MODULE)
+        (folder / TILINGS).write_text(json.dumps(table, indent=2) + "\n", "utf-8")
+        return (*files, MODULE, TILINGS)
 
     def open(
         self, folder: Path, *, threads: int | None, native: bool, taps: Sequence[str] = (), graph: Path | None = None
@@ -101,7 +114,6 @@ class TvmRuntime:
         machine's.
         """
         environment.require_tvm()
-        from qsparse_export.runtimes.tvm.codegen import lanes_of
         from qsparse_export.runtimes.tvm.session import Program, TvmSession
 
         if not native:
@@ -119,25 +131,15 @@ class TvmRuntime:
             _require_module(folder / MODULE, here)
             return TvmSession(folder / MODULE, program, weights, variant, threads)
         with tempfile.TemporaryDirectory(prefix="qsparse-tvm-") as scratch:
-            _build(model, folder, here, Path(scratch) / MODULE)
+            _build(program, here, DefaultTilings(cores_of(here)), Path(scratch) / MODULE)
             return TvmSession(Path(scratch) / MODULE, program, weights, variant, threads)
 
 
-def _runs_here(target: Target) -> bool:
-    here = load_target("cpu")
-    return target.triple == here.triple and target.features <= here.features
-
-
-def _build(model: onnx.ModelProto, folder: Path, target: Target, file: Path) -> None:
+def _build(program: Program, target: Target, tilings: Tilings, file: Path) -> None:
     from qsparse_export.runtimes.tvm.build import build, linker
-    from qsparse_export.runtimes.tvm.codegen import lanes_of, tvm_target
     from qsparse_export.runtimes.tvm.importer import imported
-    from qsparse_export.runtimes.tvm.session import Program
-    from qsparse_export.runtimes.tvm.tiling import DefaultTilings
     from qsparse_export.targets.detect import host
 
-    program = Program.of(model, folder)
-    tilings = DefaultTilings(target.threads or target.cores or DEFAULT_CORES)
     module = imported(program.cut.rest, program.weights, lanes_of(target), tilings)
     build(module, tvm_target(target), file, linker(target.triple, host().triple))
 

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from qsparse_export.targets.target import Target
 
 LONG_PIECE_BYTES = 1024
 """Out of memory, shorter pieces of weight rows are read slower."""
+DEFAULT_CORES = 4
+"""Where the target does not say how many it has."""
+
+
+def cores_of(target: Target) -> int:
+    """Into how many the work of a row is cut on ``target``, for as many threads."""
+    return target.threads or target.cores or DEFAULT_CORES
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import tvm
-from compiled_kernels import LANES, compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prim_func_calls import LANES, compiled
 
 from qsparse_export.ops import cached_attention as op
 from qsparse_export.runtimes.tvm.kernels.cached_attention import KEYS, cached_attention
@@ -72,7 +72,7 @@ def test_any_lengths(lanes, seed, batch, tokens, past, room):
 @every_lanes
 def test_a_query_that_sees_nothing_is_nan_and_a_hidden_nan_is_not_seen(lanes):
     arrays = operands(np.random.default_rng(1), 4, 2, 8, 2, 3, 70, 0)
-    visible, key, value = arrays[3:]
+    visible, key, _value = arrays[3:]
     visible[0, 0, 1] = False
     visible[1, :, :, :40] = False
     key[1, :, 5] = np.nan

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import tvm
-from compiled_kernels import LANES, call, compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prim_func_calls import LANES, call, compiled
 
 from qsparse_export.formats import nbits
 from qsparse_export.ops import add_rms_norm as add_rms_norm_op
