@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import nvcc_kernels
+import compiled_kernels
 import onnx
 import onnxruntime
 import pytest
@@ -80,20 +80,20 @@ def test_everything_is_for_the_gpu_and_verified_on_the_cpu(bundle, name):
     assert parity["ran_on"]["covers_library"] is False
     assert parity["ran_on"]["library"] == manifest["library"], "the CPU kernels of the bundle's own library"
     assert manifest["library"]["compiler"].startswith("nvcc ")
-    assert manifest["library"]["gpus"] == [f"sm_{number}" for number in nvcc_kernels.ARCHITECTURES]
+    assert manifest["library"]["gpus"] == [f"sm_{number}" for number in compiled_kernels.ARCHITECTURES]
 
 
 def gpus_in(library: Path) -> set[int]:
     """Compute capabilities times ten of the machine code inside ``library``."""
     content = library.read_bytes()
     heads = [content[found.start() : found.start() + 64] for found in re.finditer(b"\x7fELF", content)]
-    is_cubin = [struct.unpack_from("<H", head, 18)[0] == nvcc_kernels.ELF_MACHINE_CUDA for head in heads]
-    return {nvcc_kernels.cubin_architecture(head) for head, is_one in zip(heads, is_cubin, strict=True) if is_one}
+    is_cubin = [struct.unpack_from("<H", head, 18)[0] == compiled_kernels.ELF_MACHINE_CUDA for head in heads]
+    return {compiled_kernels.cubin_architecture(head) for head, is_one in zip(heads, is_cubin, strict=True) if is_one}
 
 
 def test_the_library_holds_code_for_every_gpu_and_loads_without_one(bundle):
     library = bundle("bitnet").path / CUDA_LIBRARY_NAME
-    assert gpus_in(library) == set(nvcc_kernels.ARCHITECTURES)
+    assert gpus_in(library) == set(compiled_kernels.ARCHITECTURES)
     made = OrtRuntime(library=library).open(bundle("bitnet").path, threads=1, native=True)
     assert made.native_calls() == {}
     assert open_library(library).ops == open_library().ops

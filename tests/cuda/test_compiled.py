@@ -6,18 +6,18 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import compiled_kernels
 import cuda_cases
-import nvcc_kernels
 import pytest
+from compiled_kernels import ARCHITECTURES, ROOT, Build, NoCompiler, resources, run_cmake
 from evidence import COMPILED, OP_NAMES, Evidence, Record
 from kernel_runs import tool
-from nvcc_kernels import ARCHITECTURES, ROOT, Build, NoCompiler, resources, run_cmake
 
 
 @pytest.fixture(scope="module")
 def built() -> Build:
     try:
-        return nvcc_kernels.build()
+        return compiled_kernels.build()
     except NoCompiler as error:
         pytest.fail(str(error), pytrace=False)
 
@@ -43,14 +43,14 @@ def test_there_is_machine_code_for_every_architecture(built: Build, evidence: Re
     found: dict[int, bytes] = {number: b"" for number in ARCHITECTURES}
     for path in built.cubins:
         content = path.read_bytes()
-        found[nvcc_kernels.cubin_architecture(content)] += content
+        found[compiled_kernels.cubin_architecture(content)] += content
     for number, content in found.items():
         missing = [name for name in kernels_in_sources() if name.encode() not in content]
         assert not missing, f"sm_{number} lacks {missing}"
         for op in cuda_cases.OPS:
             evidence(Evidence(OP_NAMES[op], "CUDA", f"sm_{number}", COMPILED))
     with pytest.raises(ValueError, match="not machine code"):
-        nvcc_kernels.cubin_architecture(b"\x7fELF" + bytes(60))
+        compiled_kernels.cubin_architecture(b"\x7fELF" + bytes(60))
 
 
 def test_nothing_spills(built: Build) -> None:
@@ -73,17 +73,17 @@ def test_calls_allocate_nothing_and_wait_for_nothing(built: Build) -> None:
 
 def test_the_page_has_the_table(built: Build) -> None:
     """Registers depend on the version of nvcc: with another one than the page's, only its kernels are compared."""
-    made, written = nvcc_kernels.table(built), nvcc_kernels.table_on_page()
+    made, written = compiled_kernels.table(built), compiled_kernels.table_on_page()
     kernels = re.compile(r"^\| `(.*?)` ", re.MULTILINE)
-    assert kernels.findall(written) == kernels.findall(made), "run python tests/cuda/nvcc_kernels.py"
+    assert kernels.findall(written) == kernels.findall(made), "run python tests/cuda/compiled_kernels.py"
     if f"nvcc {built.nvcc_version}:" in written:
-        assert written == made, "run python tests/cuda/nvcc_kernels.py"
+        assert written == made, "run python tests/cuda/compiled_kernels.py"
 
 
 def test_names_of_kernels() -> None:
     mangled = "_ZN8qsk_cuda49_GLOBAL__N__94997e32_16_sparse_matmul_cu_dd3c89d410nbits_gemvILi8EtEEvPKT0_lPKhPKtllPf"
-    assert nvcc_kernels.kernel_name(mangled) == "nbits_gemv<8, half>"
-    assert nvcc_kernels.kernel_name("_ZN8qsk_cuda12ternary_gemvEPKhi") == "ternary_gemv"
+    assert compiled_kernels.kernel_name(mangled) == "nbits_gemv<8, half>"
+    assert compiled_kernels.kernel_name("_ZN8qsk_cuda12ternary_gemvEPKhi") == "ternary_gemv"
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def without_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_nvcc_the_message_names_the_extra(without_nvcc: None) -> None:
     with pytest.raises(NoCompiler, match=r"qsparse-export\[cuda\]"):
-        nvcc_kernels.require_nvcc()
+        compiled_kernels.require_nvcc()
 
 
 def test_without_nvcc_the_build_leaves_the_kernels_out_or_refuses(without_nvcc: None, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The CUDA kernels compiled by nvcc, and what ptxas says of each.
 
-``python tests/cuda/nvcc_kernels.py`` builds them anew and puts the table into docs/cuda.md.
+``python tests/cuda/compiled_kernels.py`` builds them anew and puts the table into docs/cuda.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (80, 87, 89, 90)
 """Compute capabilities times ten: those of the targets cuda-smNN."""
 PAGE = ROOT / "docs" / "cuda.md"
-BEGIN, END = "<!-- made by tests/cuda/nvcc_kernels.py -->\n", "<!-- end -->\n"
+BEGIN, END = "<!-- made by tests/cuda/compiled_kernels.py -->\n", "<!-- end -->\n"
 ELF_MACHINE_CUDA = 190
 
 
