@@ -17,6 +17,7 @@ from qsparse_export.errors import BundleError, TargetError
 
 if TYPE_CHECKING:
     from qsparse_export.generate import DecoderShape, Generator
+    from qsparse_export.runtimes.base import Runtime
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -62,7 +63,8 @@ class Bundle:
                 )
 
     def require_host(self) -> None:
-        """Raises TargetError when this machine cannot run the bundle's kernels, naming what it lacks but for a GPU."""
+        """Raises TargetError when this machine cannot run the bundle's kernels, naming what it lacks."""
+        from qsparse_export.runtimes import require_gpu
         from qsparse_export.targets.detect import host
         from qsparse_export.targets.features import GPU_FEATURES
 
@@ -75,6 +77,8 @@ class Bundle:
                 f"{self.path / MANIFEST} does not describe a target ({error}); export it again"
             ) from error
         if machine == (here.arch, here.system) and not lacks:
+            if self._is_for_gpu():
+                require_gpu(self.path)
             return
         wants = f"{machine[0]} {machine[1]}" + (f" with {', '.join(lacks)}" if lacks else "")
         raise TargetError(
@@ -87,21 +91,29 @@ class Bundle:
         """Opens the model to generate text, on ``threads`` threads (None: all cores).
 
         ``native=None`` runs the kernels unless the bundle was made portable; False runs the function bodies.
-        Raises TargetError when the bundle's target is another machine and kernels are asked for, and then also when it is
-        one with a GPU that ONNX Runtime does not reach here.
+        Raises TargetError when the bundle's target is another machine and kernels are asked for.
         """
         from qsparse_export.generate import Generator
-        from qsparse_export.runtimes import get_runtime, gpu_runtime
 
         shape = self.decoder_shape()
         native = self.manifest["native"] if native is None else native
         if native:
             self.require_host()
-        runtime = get_runtime(self.manifest["runtime"])
-        if native and runtime.name == "ort" and "cuda" in self.manifest["target"]["features"]:
-            runtime = gpu_runtime(self.path, self.manifest["target"])
-        session = runtime.open(self.path, threads=threads, native=native)
+        session = self.runtime(native=native).open(self.path, threads=threads, native=native)
         return Generator(session, shape, self.path / "tokenizer.json")
+
+    def runtime(self, *, native: bool) -> Runtime:
+        """What opens the bundle: on the GPU where it is for one and kernels are asked for (:meth:`require_host` first)."""
+        from qsparse_export.runtimes import get_runtime, gpu_runtime
+
+        return (
+            gpu_runtime(self.manifest["target"])
+            if native and self._is_for_gpu()
+            else get_runtime(self.manifest["runtime"])
+        )
+
+    def _is_for_gpu(self) -> bool:
+        return self.manifest["runtime"] == "ort" and "cuda" in self.manifest["target"]["features"]
 
     def decoder_shape(self) -> DecoderShape:
         """What the generation loop must know; BundleError when the bundle holds no decoder."""

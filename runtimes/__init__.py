@@ -28,13 +28,19 @@ def get_runtime(name: str) -> Runtime:
     return getattr(importlib.import_module(f"qsparse_export.runtimes.{module}"), cls)()
 
 
-def gpu_runtime(path: Path, target: Mapping[str, Any]) -> Runtime:
-    """ONNX Runtime on the GPU of this machine, with the library for ``target`` (of a manifest) of the bundle at ``path``.
-
-    TargetError when ONNX Runtime has no CUDA provider here, or there is neither a built library nor nvcc.
-    """
-    from qsparse_export.runtimes.ort import cuda_build
-    from qsparse_export.runtimes.ort.runtime import OrtRuntime, require_cuda_provider
+def require_gpu(path: Path) -> None:
+    """Raises TargetError, about the bundle at ``path``, when the installed ONNX Runtime is one without a CUDA provider."""
+    from qsparse_export.runtimes.ort.runtime import require_cuda_provider
 
     require_cuda_provider(path)
+
+
+def gpu_runtime(target: Mapping[str, Any]) -> Runtime:
+    """ONNX Runtime on the GPU of this machine, with the library for ``target`` of a manifest.
+
+    TargetError when the library is not in the cache and nvcc is not here to build it.
+    """
+    from qsparse_export.runtimes.ort import cuda_build
+    from qsparse_export.runtimes.ort.runtime import OrtRuntime
+
     return OrtRuntime(library=cuda_build.build(target["name"], target["triple"], target["features"]), on_gpu=True)

@@ -47,11 +47,9 @@ def main() -> None:
 
 
 def _session(request: dict[str, Any], commands: TextIO) -> Iterator[dict[str, Any]]:
-    from qsparse_export.runtimes import get_runtime
-
     bundle = Bundle.load(request["bundle"], check=False)  # checked by the process that started this one
     shape, model = bundle.decoder_shape(), bundle.manifest["model"]
-    runtime = get_runtime(bundle.manifest["runtime"])
+    runtime = bundle.runtime(native=request["native"])
     _import_runtime(bundle.manifest["runtime"])
     before_load_bytes = peak_rss_bytes()
     start = time.perf_counter()

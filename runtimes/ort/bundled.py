@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qsparse_export.errors import TargetError
 from qsparse_export.runtimes.ort import cross_build, cuda_build, library
 from qsparse_export.targets.detect import host
+from qsparse_export.targets.target import op_sets
 
 if TYPE_CHECKING:
     from qsparse_export.targets.target import Target
@@ -28,11 +29,12 @@ def require_target(target: Target) -> None:
     """Raises TargetError when the library for ``target`` cannot be had on this machine, or lacks ops that it names."""
     if not is_installed(target):
         _tools(target)
-    known = frozenset(library.open_library().ops)  # whatever it is built for, the sources are the same
+    is_gpu = "cuda" in target.features  # whatever it is built for, the sources are the same
+    known = op_sets()["cuda-kernels"] if is_gpu else frozenset(library.open_library().ops)
     if unknown := sorted(target.native_ops - known):
         raise TargetError(
-            f"target {target.name} names the native ops {', '.join(unknown)}, which the kernel library lacks; "
-            f"it has {', '.join(sorted(known))}"
+            f"target {target.name} names the native ops {', '.join(unknown)}, which the kernel library lacks"
+            f"{' for GPUs' if is_gpu else ''}; it has {', '.join(sorted(known))}"
         )
 
 

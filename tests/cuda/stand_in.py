@@ -14,6 +14,7 @@ import subprocess
 import sys
 import zipfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +126,21 @@ def registered_ops() -> list[str]:
     return _printed("registered_ops.py")
 
 
+def refusal(bundle: Path, library: Path) -> str:
+    """What the same process says where there are no CUDA libraries at all."""
+    done = _process("on_stand_in.py", (bundle, library), libraries="")
+    assert done.returncode != 0
+    return done.stderr
+
+
 def _printed(script: str, *arguments: Path) -> Any:
-    package = packaged_provider()
-    command = [sys.executable, Path(__file__).parent / script, package, *arguments]
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(build(package))}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = _process(script, arguments, libraries=str(build(packaged_provider())))
     if done.returncode != 0:
-        pytest.fail(f"{' '.join(map(str, command))}\n{done.stderr[-4000:]}", pytrace=False)
+        pytest.fail(f"{' '.join(map(str, done.args))}\n{done.stderr[-4000:]}", pytrace=False)
     return json.loads(done.stdout)
+
+
+def _process(script: str, arguments: Sequence[Path], libraries: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, Path(__file__).parent / script, packaged_provider(), *arguments]
+    environment = {**os.environ, "LD_LIBRARY_PATH": libraries}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

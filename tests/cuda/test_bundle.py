@@ -140,8 +140,9 @@ def test_without_the_cuda_provider_it_says_what_to_install(bundle, capsys):
         r"was made for an NVIDIA GPU, and ONNX Runtime \S+ here has no CUDAExecutionProvider .*"
         "install onnxruntime-gpu in place of onnxruntime, or run it on the CPU with --no-native"
     )
-    with pytest.raises(TargetError, match=reason):
-        bundle("bitnet").open()
+    for refused_here in (bundle("bitnet").open, bundle("bitnet").require_host):  # the second is what qsparse-bench asks
+        with pytest.raises(TargetError, match=reason):
+            refused_here()
     arguments = [str(bundle("bitnet").path), "--ids", "1,3,5", "-n", "6"]
     assert run_main(arguments) == 1
     assert "install onnxruntime-gpu" in capsys.readouterr().err
@@ -212,6 +213,13 @@ def test_a_jetson_with_it_gets_code_for_its_processor_and_its_gpu(monkeypatch, e
         "the installed one, of the same sources"
     )
     assert needed_glibc(library) <= "2.35"
+
+
+def test_ops_without_a_cuda_kernel_are_no_native_ops_of_a_gpu(export, tmp_path):
+    text = (Path(__file__).parents[2] / "targets" / "cuda.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text.replace('"cuda-kernels"', '["TopKSparsify", "AddRmsNorm"]'))
+    reason = "names the native ops AddRmsNorm, which the kernel library lacks for GPUs; it has SparseMatMulNBits, "
+    refused(export, tmp_path, str(tmp_path / "mine.toml"), reason)
 
 
 def test_what_runs_on_a_cpu_is_no_part_of_it(export, tmp_path):

@@ -52,6 +52,14 @@ def test_in_float32_one_length_is_copied(tmp_path: Path) -> None:
     assert set(ran[CPU]) <= SHAPE_ARITHMETIC | {"Sub"}
 
 
+def test_a_provider_that_cannot_start_is_said(tmp_path: Path) -> None:
+    """ONNX Runtime only warns, and would run on the CPU."""
+    made = qs.export(trained(BITNET), target="cuda", out=tmp_path / "bundle", verify="none")
+    said = stand_in.refusal(made.path, build_emulated_ort(with_cpu_ops=True))
+    assert "has a CUDA provider and cannot start it: look at nvidia-smi, and for CUDA 13 and cuDNN 9" in said
+    assert "or run it on the CPU with --no-native" in said
+
+
 def test_the_provider_has_the_ops_that_targets_say() -> None:
     registered = set(stand_in.registered_ops())
     assert registered >= op_sets("provider_ops")["onnxruntime-cuda"]
