@@ -25,9 +25,9 @@ def nudged(case: Case, logits: Callable[[], np.ndarray]) -> Iterator[np.ndarray]
     from qsparse_export.rounding_noise import ActivationNoise
 
     # A sum of K terms in random order rounds by about sqrt(K) units of float32, in which float16 products are summed too.
-    # What is float16 between a layer's input and the next is rounded once by each of some ten ops.
+    # What is float16 between a layer's input and the next is rounded once, by half a unit at most, by each of some ten ops.
     sums = case.config.hidden_size**0.5 * torch.finfo(torch.float32).eps
-    step = sums if case.dtype == "float32" else max(sums, FLOAT16_OPS**0.5 * torch.finfo(torch.float16).eps)
+    step = sums if case.dtype == "float32" else max(sums, FLOAT16_OPS**0.5 * torch.finfo(torch.float16).eps / 2)
     for seed in range(RUNS):
         random = torch.Generator().manual_seed(seed)
 

@@ -12,7 +12,7 @@ from qsparse_export.verify import Case
 
 
 @pytest.mark.parametrize(
-    ("dtype", "most"), [("float32", 128**0.5 * 2.0**-23), ("float16", 10**0.5 * 2.0**-10)], ids=["float32", "float16"]
+    ("dtype", "most"), [("float32", 128**0.5 * 2.0**-23), ("float16", 10**0.5 * 2.0**-11)], ids=["float32", "float16"]
 )
 def test_inputs_of_layers_move_by_what_their_sums_round(dtype, most):
     """float16 products are summed in float32: what moves is what is rounded to float16 once by each op, and not by a sum."""
