@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 IMPORT = (
     "inline-functions",  # rules see one flat graph
@@ -31,8 +31,13 @@ NARROW = (
 FUSE = (
     "fuse-sparse-ternary",  # after duplicates are gone: matrices share a mask only when it is one node
     "fuse-sparse-nbits",
-    "fuse-sparse-matmul",
+    "fuse-sparse-matmul",  # not where the provider's own product is all there is: it reads no zero less for our op's body
 )
+
+FUSE_PROVIDER = {
+    "fuse-gqa{padding=right},eliminate-dead": ("CachedAttention", "com.microsoft::GroupQueryAttention"),
+}
+"""Passes for a provider that is not the CPU's: where no kernel of ours runs the first op, and it runs the second."""
 
 FUSE_NATIVE = {
     "fuse-glu": "GatedActivation",  # after the products are one node: only then is there nothing to join
@@ -45,6 +50,11 @@ LAST = (
     "last-logits",  # after FUSE: the head may have become another op; before the shapes are inferred anew
 )
 
+LOWER_PROVIDER = {
+    "lower-nbits": ("DenseMatMulNBits", "com.microsoft::MatMulNBits"),  # behind last-logits, which looks for the head
+}
+"""As FUSE_PROVIDER."""
+
 LOWER = (
     "attach-bodies",  # the portable fallback and the specification of every custom op
     "infer-shapes",  # after the last rewrite, so that every value of the file carries its shape
@@ -54,22 +64,39 @@ LOWER = (
 )
 
 
-def pipeline_for(native_ops: Collection[str], *, narrow: bool = False, last_logits: bool = False) -> str:
+def pipeline_for(
+    native_ops: Collection[str],
+    *,
+    provider_ops: Collection[str] = (),
+    narrow: bool = False,
+    last_logits: bool = False,
+) -> str:
     """The spec string for a runtime that has kernels for ``native_ops``; none of them for a portable bundle.
 
-    ``narrow``: float16 instead of float32. ``last_logits``: logits of the last position alone.
+    ``provider_ops``: what the runtime itself runs on a device that is no CPU. ``narrow``: float16 instead of float32.
+    ``last_logits``: logits of the last position alone.
     """
     last = LAST if last_logits else ()
-    return ",".join(CLEAN + (NARROW if narrow else ()) + FUSE + _native(native_ops) + last + LOWER)
+    lower = _provided(LOWER_PROVIDER, native_ops, provider_ops) + LOWER
+    return ",".join(CLEAN + (NARROW if narrow else ()) + _fuse(native_ops, provider_ops) + last + lower)
 
 
-def foreign_pipeline_for(native_ops: Collection[str]) -> str:
+def foreign_pipeline_for(native_ops: Collection[str], *, provider_ops: Collection[str] = ()) -> str:
     """The same for a graph that another exporter wrote."""
-    return ",".join(IMPORT + CLEAN + FUSE + _native(native_ops) + LOWER)
+    return ",".join(IMPORT + CLEAN + _fuse(native_ops, provider_ops) + LOWER)
 
 
-def _native(ops: Collection[str]) -> tuple[str, ...]:
-    return tuple(name for name, op in FUSE_NATIVE.items() if op in ops)
+def _fuse(native_ops: Collection[str], provider_ops: Collection[str]) -> tuple[str, ...]:
+    is_own = "SparseMatMul" in native_ops or not provider_ops
+    fuse = tuple(name for name in FUSE if name != "fuse-sparse-matmul" or is_own)
+    native = tuple(name for name, op in FUSE_NATIVE.items() if op in native_ops)
+    return fuse + native + _provided(FUSE_PROVIDER, native_ops, provider_ops)
+
+
+def _provided(
+    passes: Mapping[str, tuple[str, str]], native_ops: Collection[str], provider_ops: Collection[str]
+) -> tuple[str, ...]:
+    return tuple(names for names, (own, other) in passes.items() if own not in native_ops and other in provider_ops)
 
 
 FOREIGN = foreign_pipeline_for(FUSE_NATIVE.values())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qsparse_export.bundle import SCHEMA, Bundle, staged, write_manifest
 from qsparse_export.config import ModelConfig, topk_of
 from qsparse_export.errors import ExportError, UsageError
-from qsparse_export.precision import Activations, Head, Precision, Weights, precision
+from qsparse_export.precision import Activations, Head, Precision, Weights, dtype_of, precision
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -85,7 +85,7 @@ def export(
 
     Raises a :class:`qsparse_export.errors.QSparseError`: nothing is left in ``out`` then.
     """
-    from qsparse_export.compile import check_target
+    from qsparse_export.compile import check_target, preferred_dtype
     from qsparse_export.foreign import export_onnx
     from qsparse_export.runtimes import get_runtime
     from qsparse_export.targets.target import load_target
@@ -93,7 +93,7 @@ def export(
     device, backend = load_target(target), get_runtime(runtime)
     if tuning is not None:
         backend = backend.tuned(tuning)
-    dtype = "float16" if "fp16" in (weights, activations) else "float32"
+    dtype = dtype_of(weights, activations, preferred_dtype(device, backend))
     native = check_target(device, backend, portable=portable, dtype=dtype, with_bench=with_bench)
     options = Options(
         target, runtime, weights, head, activations, not native, verify, pipeline, force, with_bench, logits, on_pass
@@ -156,6 +156,8 @@ def _export_decoder(
         add_device_bench,
         compile_graph,
         graph_name,
+        placement_record,
+        preferred_dtype,
         verification_record,
     )
     from qsparse_export.exporter import decoder_graph
@@ -164,7 +166,7 @@ def _export_decoder(
     from qsparse_export.passes.lower_last_logits import explain
     from qsparse_export.quantization_report import quantization_table
 
-    chosen = precision(config, options.weights, options.head, options.activations)
+    chosen = precision(config, options.weights, options.head, options.activations, preferred_dtype(target, runtime))
     config = chosen.config
     source = QuantizedSource(model.weights, chosen.formats, config.tied_embeddings)
     tell("export")
@@ -180,7 +182,7 @@ def _export_decoder(
     files = compile_graph(graph, target, runtime, folder, native=not options.portable)
     shares_cache = graph.metadata_props.get(SHARED_CACHE) == "true"
     tokenizer = model.tokenizer.read() if model.tokenizer else None
-    add_decoder_files(folder, files, config, tokenizer, shares_cache=shares_cache)
+    add_decoder_files(folder, files, target, config, tokenizer, shares_cache=shares_cache)
     if options.with_bench:
         add_device_bench(folder, target)
     manifest = manifest_of("decoder", model, target, runtime, options, lowered)
@@ -192,13 +194,14 @@ def _export_decoder(
         "sparsity": sparsity_table(config),
         "quantization": quantization_table(chosen.formats, source) if chosen.is_quantized else None,
     }
+    manifest |= placement_record(graph, target, native=not options.portable)
     if options.with_bench:
         from qsparse_export.bench.device_files import add_device_files
 
         manifest["bench"] = add_device_files(folder, graph_name(files), manifest)
     if options.verify != "none":
         tell("verify")
-        here = runtime.on_this_machine(target)
+        here = runtime if options.portable else runtime.on_this_machine(target)
         _verify_decoder(model.weights, source, chosen, graph, here, options, folder, manifest)
         manifest["parity"]["ran_on"] = verification_record(target, runtime, native=not options.portable)
     return manifest
@@ -238,7 +241,7 @@ def _verify_decoder(
 def _export_module(
     model: Model, target: Target, runtime: Runtime, options: Options, folder: Path, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    from qsparse_export.compile import compile_graph, verification_record
+    from qsparse_export.compile import compile_graph, placement_record, verification_record
     from qsparse_export.exporter import module_graph
     from qsparse_export.verify_module import verify_module
 
@@ -260,10 +263,12 @@ def _export_module(
     tell("compile")
     compile_graph(graph, target, runtime, folder, native=not options.portable)
     manifest = manifest_of("module", model, target, runtime, options, lowered)
+    manifest |= placement_record(graph, target, native=not options.portable)
     if options.verify != "none":
         tell("verify")
+        here = runtime if options.portable else runtime.on_this_machine(target)
         manifest["parity"] = verify_module(
-            folder, runtime.on_this_machine(target), graph, model.program, options.verify, native=not options.portable
+            folder, here, graph, model.program, options.verify, native=not options.portable
         ).to_dict()
         manifest["parity"]["ran_on"] = verification_record(target, runtime, native=not options.portable)
     return manifest
@@ -274,7 +279,8 @@ def _lower(graph: ir.Model, target: Target, options: Options, *, narrow: bool = 
     from qsparse_export.passes.pipelines import pipeline_for
 
     native_ops = target.native_ops if target.runs_native(options.portable) else frozenset()
-    default = pipeline_for(native_ops, narrow=narrow, last_logits=options.logits == "last")
+    last = options.logits == "last"
+    default = pipeline_for(native_ops, provider_ops=target.provider_ops, narrow=narrow, last_logits=last)
     return lower(graph, options.pipeline, default, options.on_pass)
 
 

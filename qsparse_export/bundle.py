@@ -64,17 +64,21 @@ class Bundle:
 
     def require_host(self) -> None:
         """Raises TargetError when this machine cannot run the bundle's kernels, naming what it lacks."""
+        from qsparse_export.runtimes import require_gpu
         from qsparse_export.targets.detect import host
+        from qsparse_export.targets.features import GPU_FEATURES
 
         target, here = self.manifest["target"], host()
         try:
-            lacks = sorted(set(target["features"]) - here.features)
+            lacks = sorted(set(target["features"]) - GPU_FEATURES - here.features)
             machine = (target["arch"], target["system"])
         except (KeyError, TypeError) as error:
             raise BundleError(
                 f"{self.path / MANIFEST} does not describe a target ({error}); export it again"
             ) from error
         if machine == (here.arch, here.system) and not lacks:
+            if self._is_for_gpu():
+                require_gpu(self.path)
             return
         wants = f"{machine[0]} {machine[1]}" + (f" with {', '.join(lacks)}" if lacks else "")
         raise TargetError(
@@ -112,8 +116,21 @@ class Bundle:
             self.require_host()
         else:
             self.require_bodies()
-        session = self._runtime().open(self.path, threads=threads, native=native)
+        session = self.runtime(native=native).open(self.path, threads=threads, native=native)
         return Generator(session, shape, self.path / "tokenizer.json")
+
+    def runtime(self, *, native: bool) -> Runtime:
+        """What opens the bundle: on the GPU where it is for one and kernels are asked for (:meth:`require_host` first)."""
+        from qsparse_export.runtimes import get_runtime, gpu_runtime
+
+        return (
+            gpu_runtime(self.manifest["target"])
+            if native and self._is_for_gpu()
+            else get_runtime(self.manifest["runtime"])
+        )
+
+    def _is_for_gpu(self) -> bool:
+        return self.manifest["runtime"] == "ort" and "cuda" in self.manifest["target"]["features"]
 
     def decoder_shape(self) -> DecoderShape:
         """What the generation loop must know; BundleError when the bundle holds no decoder."""

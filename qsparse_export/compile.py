@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from qsparse_export.targets.target import Target
 
 
+def preferred_dtype(target: Target, runtime: Runtime) -> str:
+    """The number format where nothing is asked: the first of the target's that ``runtime`` computes in, if there is any."""
+    return next((dtype for dtype in target.dtypes if dtype in runtime.dtypes), target.dtypes[0])
+
+
 def check_target(target: Target, runtime: Runtime, *, portable: bool, dtype: str, with_bench: bool) -> bool:
     """Whether the bundle will hold native kernels; TargetError, before any work is done, for what ``target`` cannot do.
 
@@ -38,6 +43,10 @@ def check_target(target: Target, runtime: Runtime, *, portable: bool, dtype: str
         raise TargetError(
             f"qsparse-device-bench is a native program for the runtime ort: there is none for target {target.name} with "
             f"{runtime.name}; leave --with-bench out"
+        )
+    if with_bench and "cuda" in target.features:
+        raise TargetError(
+            f"qsparse-device-bench runs on a device's CPU, and target {target.name} is a GPU: leave --with-bench out"
         )
     native = target.runs_native(portable)
     if native or with_bench:
@@ -76,22 +85,51 @@ def library_record(target: Target, runtime: Runtime, *, native: bool) -> dict[st
     return runtime.code_record(target) if native else None
 
 
+def placement_record(graph: ir.Model, target: Target, *, native: bool) -> dict[str, Any]:
+    """``placement`` of the manifest: which ops of ``graph`` run on the GPU, and which fall back to the CPU; for a CPU nothing.
+
+    Nodes are counted by op. ``bodies`` are ops of ours in a bundle without a library: ONNX Runtime opens their function
+    bodies, folds what is constant in them, and places the rest by itself.
+    """
+    if not target.provider_ops:
+        return {}
+    from collections import Counter
+
+    counts: dict[str, Counter[str]] = {device: Counter() for device in ("gpu", "cpu", "bodies")}
+    for node in graph.graph.all_nodes():
+        if node.op_type == "Constant":
+            continue
+        name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        if node.domain != "ai.qsparse":
+            device = "gpu" if name in target.provider_ops else "cpu"
+        elif native:
+            device = "gpu" if node.op_type in target.native_ops else "cpu"
+        else:
+            device = "bodies"
+        counts[device][name] += 1
+    return {"placement": {device: dict(sorted(ops.items())) for device, ops in counts.items()}}
+
+
 def verification_record(target: Target, runtime: Runtime, *, native: bool) -> dict[str, Any]:
     """Which machine verified the bundle, and with which kernels: ``ran_on`` of the manifest's parity.
 
-    A bundle for another architecture is verified with this machine's own build of the same sources; ``covers_library``
-    says whether the library that ran is the one in the bundle.
+    A bundle for another architecture is verified with this machine's own build of the same sources, one for a GPU with the
+    CPU's kernels in its own library; ``covers_library`` says whether all of the bundle's library was there to be run.
     """
     from qsparse_export.targets.detect import host
 
     here = host()
     record: dict[str, Any] = {"arch": here.arch, "system": here.system, "features": sorted(here.features)}
-    return record | (runtime.verified_record(target) if native else {})
+    record |= runtime.verified_record(target) if native else {}
+    if target.provider_ops:
+        record["note"] = "verified on the CPU provider; no GPU ran it"
+    return record
 
 
 def add_decoder_files(
     folder: Path,
     files: tuple[str, ...],
+    target: Target,
     config: ModelConfig,
     tokenizer: Mapping[str, bytes] | None,
     *,
@@ -102,11 +140,12 @@ def add_decoder_files(
     ``shares_cache``: the graph takes one buffer as past and present.
     """
     from qsparse_export.runtimes.ort.genai import genai_config
-    from qsparse_export.runtimes.ort.library import LIBRARY_NAME
+    from qsparse_export.runtimes.ort.library import CUDA_LIBRARY_NAME, LIBRARY_NAME
 
     graph = graph_name(files)
-    library = LIBRARY_NAME if LIBRARY_NAME in files else None
-    plain = genai_config(config.to_dict(), graph, library, shares_cache=shares_cache)
+    library = next((name for name in (LIBRARY_NAME, CUDA_LIBRARY_NAME) if name in files), None)
+    provider = "cuda" if target.provider_ops else None
+    plain = genai_config(config.to_dict(), graph, library, provider, shares_cache=shares_cache)
     (folder / "genai_config.json").write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
     tokens = dict(tokenizer or {})
     if "tokenizer.json" in tokens:  # onnxruntime-genai refuses a tokenizer without the second file

@@ -32,7 +32,7 @@ def export_onnx(
     Raises UsageError when weights are to be changed or ``example_inputs`` have no names.
     """
     from qsparse_export.api import manifest_of
-    from qsparse_export.compile import compile_graph, verification_record
+    from qsparse_export.compile import compile_graph, placement_record, verification_record
     from qsparse_export.lower import lower
     from qsparse_export.passes.pipelines import foreign_pipeline_for
     from qsparse_export.verify_onnx import verify_onnx
@@ -49,7 +49,8 @@ def export_onnx(
     tell("lower")
     native_ops = target.native_ops if target.runs_native(options.portable) else frozenset()
     try:
-        lowered = lower(graph, options.pipeline, foreign_pipeline_for(native_ops), options.on_pass)
+        default = foreign_pipeline_for(native_ops, provider_ops=target.provider_ops)
+        lowered = lower(graph, options.pipeline, default, options.on_pass)
     except QSparseError:
         raise
     except Exception as error:  # a stranger's graph may hold what no checker looks at, such as a Cast to type 44
@@ -59,16 +60,12 @@ def export_onnx(
     tell("compile")
     compile_graph(graph, target, runtime, folder, native=not options.portable)
     manifest = manifest_of("module", model, target, runtime, options, lowered) | {"unfused": unfused(graph)}
+    manifest |= placement_record(graph, target, native=not options.portable)
     if options.verify != "none":
         tell("verify")
+        here = runtime if options.portable else runtime.on_this_machine(target)
         manifest["parity"] = verify_onnx(
-            folder,
-            runtime.on_this_machine(target),
-            graph,
-            file.path,
-            inputs,
-            options.verify,
-            native=not options.portable,
+            folder, here, graph, file.path, inputs, options.verify, native=not options.portable
         ).to_dict()
         manifest["parity"]["ran_on"] = verification_record(target, runtime, native=not options.portable)
     return manifest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -169,12 +170,13 @@ class Generator:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text`` by the bundle's tokenizer; BundleError when it has none."""
-        return self._tokenizer().encode(text).ids
+        return self._tokenizer.encode(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids by the bundle's tokenizer."""
-        return self._tokenizer().decode(list(ids))
+        return self._tokenizer.decode(list(ids))
 
+    @cached_property
     def _tokenizer(self) -> Any:
         from tokenizers import Tokenizer
 

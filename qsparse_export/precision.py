@@ -15,7 +15,7 @@ Head = Literal["keep", "int8", "int4"]
 Activations = Literal["fp32", "fp16"]
 
 WEIGHTS: dict[Weights, str] = {
-    "keep": "ternary stays ternary, floats become fp32 without loss",
+    "keep": "ternary stays ternary, floats become fp32 without loss (fp16 for GPUs)",
     "fp32": "floating point",
     "fp16": "half precision, activations too",
     "ternary": "BitNet quantisation",
@@ -41,23 +41,32 @@ class Precision:
         return self.formats != WeightFormats()
 
 
+def dtype_of(weights: Weights, activations: Activations | None, preferred: str) -> str:
+    """The number format of activations (a NumPy name); ``preferred`` is the target's, where neither option says it."""
+    return next((dtype for name, dtype in ACTIVATIONS.items() if name in (activations, weights)), preferred)
+
+
 def precision(
-    config: ModelConfig, weights: Weights = "keep", head: Head | None = None, activations: Activations | None = None
+    config: ModelConfig,
+    weights: Weights = "keep",
+    head: Head | None = None,
+    activations: Activations | None = None,
+    preferred: str = "float32",
 ) -> Precision:
     """The choices for the model of ``config``; UsageError with the reason where they contradict it or each other.
 
     ``head`` None: int8 beside int8 or int4 weights, which costs no accuracy that can be measured; else as the model has it.
-    ``activations`` None: fp16 beside fp16 weights, else fp32.
+    ``activations`` None: fp16 beside fp16 weights, fp32 beside fp32 ones, else ``preferred``, which is the target's.
     """
     _require_known("weights", weights, WEIGHTS)
     _require_known("head", head or "keep", HEADS)
     _require_known("activations", activations or "fp32", ACTIVATIONS)
     is_grouped = weights in GROUP_FORMATS
-    default: Activations = "fp16" if weights == "fp16" else "fp32"
+    default = dtype_of(weights, None, preferred)
     if config.quantization == "bitnet":
         _require_fits_bitnet(weights)
     is_float = weights in ("fp32", "fp16") or (weights == "keep" and config.quantization == "none")
-    if is_float and activations not in (None, default):
+    if is_float and activations is not None and ACTIVATIONS[activations] != default:
         raise UsageError(
             f"--weights {weights} with --activations {activations}: floating-point weights have the type of the activations "
             f"that they are multiplied with; use --weights {activations}"
@@ -66,7 +75,7 @@ def precision(
     return Precision(
         replace(config, quantization="bitnet") if weights == "ternary" else config,
         WeightFormats(GROUP_FORMATS.get(weights), GROUP_FORMATS.get(chosen_head)),
-        ACTIVATIONS[activations or default],
+        ACTIVATIONS[activations] if activations else default,
     )
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qsparse_export.verify import Case
 
 RUNS = 3
+FLOAT16_OPS = 10
 
 
 def nudged(case: Case, logits: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
@@ -23,14 +24,17 @@ def nudged(case: Case, logits: Callable[[], np.ndarray]) -> Iterator[np.ndarray]
 
     from qsparse_export.rounding_noise import ActivationNoise
 
-    ulps = case.config.hidden_size**0.5  # a sum of K terms in random order rounds by about sqrt(K) units
+    # A sum of K terms in random order rounds by about sqrt(K) units of float32, in which float16 products are summed too.
+    # What is float16 between a layer's input and the next is rounded once, by half a unit at most, by each of some ten ops.
+    sums = case.config.hidden_size**0.5 * torch.finfo(torch.float32).eps
+    step = sums if case.dtype == "float32" else max(sums, FLOAT16_OPS**0.5 * torch.finfo(torch.float16).eps / 2)
     for seed in range(RUNS):
         random = torch.Generator().manual_seed(seed)
 
         def nudge(_: object, inputs: tuple[Any, ...], random: torch.Generator = random) -> tuple[Any, ...]:
             x = inputs[0]
             directions = torch.rand(x.shape, generator=random) * 2 - 1
-            return ((x * (1 + directions * ulps * torch.finfo(x.dtype).eps)).to(x.dtype), *inputs[1:])
+            return ((x * (1 + directions * step)).to(x.dtype), *inputs[1:])
 
         hooks = [layer.register_forward_pre_hook(nudge) for layer in layers_of(case.module)]
         try:

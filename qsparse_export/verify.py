@@ -48,7 +48,8 @@ class PathParity:
     ``relative_logit_error``: L2 norm of all logit errors (prompt and every greedy step) over that of all logits;
     ``max_logit_error`` the largest absolute one. ``argmax_agreement``: share of these positions with the same argmax;
     ``greedy_agreement``: share of the greedy tokens that PyTorch chooses too. ``flipped_choices``: choices that PyTorch
-    alone would have made otherwise, all of them ties up to rounding, of ``choices``. ``free_greedy_agreement``: greedy
+    alone would have made otherwise, all of them ties up to rounding, of ``choices``; ``flipped_logit_distance``: how far they
+    move PyTorch's own logits, relative. ``free_greedy_agreement``: greedy
     tokens until the first difference when PyTorch runs on its own; below 1 only by flipped choices. ``greedy_ids`` are the
     tokens that this way generated after the prompt; any other correct runtime should generate the first
     ``steady_greedy_tokens`` of them, which did not change when rounding was provoked in PyTorch.
@@ -61,6 +62,7 @@ class PathParity:
     greedy_agreement: float
     free_greedy_agreement: float
     flipped_choices: int
+    flipped_logit_distance: float
     choices: int
     native_calls: NativeCalls
     greedy_ids: tuple[int, ...]
@@ -142,7 +144,10 @@ def verify_decoder(
         parity = _compare(path, case, traced, limit, steady[traced.tokens])
         if path == "native" and (unused := sorted(native_ops(graph) - parity.native_calls.keys())):
             raise ParityError(f"the native kernels of {', '.join(unused)} never ran although the graph uses them")
-        _require_same_untapped(folder, runtime, case, traced, limit, native=path == "native")
+        # In float16 ONNX Runtime computes in float32 what its CPU provider has no float16 kernel for, and rounds between two
+        # such nodes only what is read, as a tap is: ties fall the other way, which moves logits as it moves PyTorch's.
+        flips = NOISE_FACTOR * parity.flipped_logit_distance if case.dtype == "float16" else 0.0
+        _require_same_untapped(folder, runtime, case, traced, max(limit, flips), native=path == "native")
         paths.append(parity)
     return Parity(level, len(case.prompt), case.prompt, count, noise, limit, tuple(paths))
 
@@ -218,6 +223,7 @@ def _compare(path: str, case: Case, traced: _Trace, limit: float, steady: int) -
         # Up to the first difference, PyTorch on its own would have continued with the same tokens.
         free_greedy_agreement=_agreement(traced.tokens, free[first:].argmax(axis=-1).tolist()),
         flipped_choices=guide.flips,
+        flipped_logit_distance=relative_error(free, theirs),
         choices=sum(values.size for _, values in traced.choices),
         native_calls=traced.native_calls,
         greedy_ids=traced.tokens,

@@ -20,12 +20,12 @@ _X86_64 = frozenset(
 )
 _AARCH64 = frozenset(["asimd", "asimddp", "asimdhp", "fphp", "crc32", "i8mm", "bf16", "sve"])
 _WASM32 = frozenset(["simd128"])
-_CUDA = frozenset(["cuda", "sm_80", "sm_87", "sm_89", "sm_90"])
+GPU_FEATURES = frozenset(["cuda", "sm_80", "sm_87", "sm_89", "sm_90"])
 
 CPU_FEATURES = _X86_64 | _AARCH64
 FEATURES_OF: dict[str, frozenset[str]] = {
-    "x86_64": _X86_64 | _CUDA,
-    "aarch64": _AARCH64 | _CUDA,
+    "x86_64": _X86_64 | GPU_FEATURES,
+    "aarch64": _AARCH64 | GPU_FEATURES,
     "wasm32": _WASM32,
     "any": frozenset(),
 }

@@ -16,7 +16,8 @@ HOST = "host"
 ANY = "any"
 LIBRARY = ("built", "impossible", "missing")
 DTYPES = ("float32", "float16")
-_OP_SETS = "native_op_sets.toml"
+_OP_SETS = {"native_ops": "native_op_sets.toml", "provider_ops": "provider_op_sets.toml"}
+"""Fields that may hold a name instead of a list, and the file of such names."""
 _ADVICE = "choose smaller weights (--weights), a smaller model, or a target with more"
 
 
@@ -28,7 +29,9 @@ class Target:
     instruction-set extensions that it has (Linux names: avx2, avx512_vnni, asimddp). ``native_ops`` are the custom ops that
     run natively there. ``library`` says where they come from: "built" for it by this package, "impossible" where the
     runtime can load none, "missing" where it could but this version builds none. ``runtimes`` run there, best first;
-    ``dtypes`` are the number formats that they compute. ``threads`` is how many to use (0: all cores).
+    ``dtypes`` are the number formats that they compute, first the one for whoever asks for none. ``provider_ops`` are the ops
+    that ONNX Runtime itself runs on a device that is no CPU (``domain::Name``, or ``Name`` of the standard domain); what is
+    in neither runs on the CPU beside it. ``threads`` is how many to use (0: all cores).
 
     Sizes are in bytes, 0 where they differ from device to device: ``memory_bytes`` of the whole device or, with the
     feature cuda, of the GPU; ``largest_file_bytes`` that it can load; caches as one core sees them.
@@ -42,6 +45,7 @@ class Target:
     library: str
     runtimes: tuple[str, ...]
     dtypes: tuple[str, ...]
+    provider_ops: frozenset[str] = frozenset()
     cores: int = 0
     threads: int = 0
     memory_bytes: int = 0
@@ -134,6 +138,11 @@ def _contradictions(target: Target) -> list[str]:
     for size in (field.name for field in fields(Target) if field.type == "int"):
         if getattr(target, size) < 0:
             wrong.append(f"{size} is {getattr(target, size)}; expected 0 (unknown) or more")
+    if bool(target.provider_ops) != ("cuda" in target.features):
+        wrong.append(
+            f"provider_ops {'lists' if target.provider_ops else 'lists no'} ops {'without' if target.provider_ops else 'with'} "
+            "the feature cuda: they are what ONNX Runtime runs on the GPU"
+        )
     if target.cores and target.threads > target.cores:
         wrong.append(
             f"threads is {target.threads} on {target.cores} cores: more threads than cores wait for each other"
@@ -166,7 +175,8 @@ def _feature_contradictions(target: Target) -> list[str]:
 def target_names() -> list[str]:
     """Names of the targets that come with the package."""
     files = (p.name for p in _folder().iterdir())
-    return sorted(name.removesuffix(".toml") for name in files if name.endswith(".toml") and name != _OP_SETS)
+    sets = _OP_SETS.values()
+    return sorted(name.removesuffix(".toml") for name in files if name.endswith(".toml") and name not in sets)
 
 
 def load_target(name: str) -> Target:
@@ -187,9 +197,9 @@ def load_target(name: str) -> Target:
     return _parse((_folder() / f"{name}.toml").read_text("utf-8"), name)
 
 
-def op_sets() -> dict[str, frozenset[str]]:
-    """Names that ``native_ops`` may hold instead of a list, and the ops that each stands for."""
-    plain = tomllib.loads((_folder() / _OP_SETS).read_text("utf-8"))
+def op_sets(field: str = "native_ops") -> dict[str, frozenset[str]]:
+    """Names that ``field`` (or ``provider_ops``) may hold instead of a list, and the ops that each stands for."""
+    plain = tomllib.loads((_folder() / _OP_SETS[field]).read_text("utf-8"))
     return {name: frozenset(ops) for name, ops in plain.items()}
 
 
@@ -208,13 +218,13 @@ def _parse(text: str, origin: str) -> Target:
     needed = {field.name for field in fields(Target) if field.default is MISSING}
     if missing := sorted(needed - set(plain)):
         raise TargetError(f"target {origin} lacks {', '.join(missing)}; every target says {', '.join(sorted(needed))}")
-    if isinstance(plain["native_ops"], str):
-        sets = op_sets()
-        if plain["native_ops"] not in sets:
-            raise TargetError(
-                f"target {origin}: native_ops is {plain['native_ops']!r}; {near_names(plain['native_ops'], sets)}, or a list"
-            )
-        plain["native_ops"] = sorted(sets[plain["native_ops"]])
+    for field in _OP_SETS:
+        name = plain.get(field)
+        if isinstance(name, str):
+            sets = op_sets(field)
+            if name not in sets:
+                raise TargetError(f"target {origin}: {field} is {name!r}; {near_names(name, sets)}, or a list")
+            plain[field] = sorted(sets[name])
     target = Target(**{name: _value(origin, name, known[name], plain[name]) for name in plain})
     if wrong := _contradictions(target):
         raise TargetError(f"target {origin}: {'; '.join(wrong)}")

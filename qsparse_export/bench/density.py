@@ -47,14 +47,10 @@ def measure_activity(
     """
     import onnx_ir
 
-    from qsparse_export.runtimes import get_runtime
-
     model = onnx_ir.load(graph)
     reads = weight_reads(model.graph)
     taps = tuple(dict.fromkeys(product.x for product in reads.products))
-    session = get_runtime(bundle.manifest["runtime"]).open(
-        bundle.path, threads=None, native=native, taps=taps, graph=graph
-    )
+    session = bundle.runtime(native=native).open(bundle.path, threads=None, native=native, taps=taps, graph=graph)
     counter = _Counter(session, reads)
     linears = _block_linears(bundle)
     steps = Generator(counter, bundle.decoder_shape()).steps([first_token(bundle.manifest["model"])])

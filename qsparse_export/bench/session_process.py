@@ -18,15 +18,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from qsparse_export.bench.prompt import first_token, prompt_ids
 from qsparse_export.bundle import Bundle
 from qsparse_export.errors import QSparseError
 from qsparse_export.generate import Generator, greedy
-
-if TYPE_CHECKING:
-    pass
 
 _LIBRARIES = {"ort": "onnxruntime", "reference": "onnx.reference", "tvm": "tvm"}
 
@@ -47,11 +44,9 @@ def main() -> None:
 
 
 def _session(request: dict[str, Any], commands: TextIO) -> Iterator[dict[str, Any]]:
-    from qsparse_export.runtimes import get_runtime
-
     bundle = Bundle.load(request["bundle"], check=False)  # checked by the process that started this one
     shape, model = bundle.decoder_shape(), bundle.manifest["model"]
-    runtime = get_runtime(bundle.manifest["runtime"])
+    runtime = bundle.runtime(native=request["native"])
     _import_runtime(bundle.manifest["runtime"])
     before_load_bytes = peak_rss_bytes()
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Builds the native programs of a bundle for another machine, from the C++ sources that this package carries.
+"""Builds the native programs of a bundle that this installation holds none for, from the sources that this package carries.
 
 What was built is kept in the user's cache, under a key of the sources' and the compiler's content, so that the second
 export copies it.
@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Literal
 
 from qsparse_export.errors import TargetError
-from qsparse_export.runtimes.ort.library import DEVICE_BENCH_NAME, LIBRARY_NAME, source_folder
+from qsparse_export.runtimes.ort.library import CUDA_LIBRARY_NAME, DEVICE_BENCH_NAME, LIBRARY_NAME, source_folder
 
-Product = Literal["library", "device-bench"]
+Product = Literal["library", "cuda-library", "device-bench"]
 PRODUCTS: dict[Product, tuple[str, str]] = {
     "library": ("qsparse_ort", f"runtimes/ort/{LIBRARY_NAME}"),
+    "cuda-library": ("qsparse_ort_cuda", f"runtimes/cuda/{CUDA_LIBRARY_NAME}"),
     "device-bench": ("qsparse_device_bench", f"runtimes/ort/device/{DEVICE_BENCH_NAME}"),
 }
 """What can be built: the CMake target, and the file that it makes in the build folder."""
@@ -56,13 +57,14 @@ _OUT_OF_REACH = {
 
 @dataclass(frozen=True)
 class Tools:
-    """The programs of one cross build, by path; ``compiler_version`` is the first line that the compiler says of itself."""
+    """The programs of one build, by path. ``compiler_version`` is what the compiler says of itself, and all else that what
+    is built depends on beside the sources; ``options`` are CMake's for this compiler."""
 
     compiler: str
     compiler_version: str
     cmake: str
     generator: str
-    toolchain: Toolchain
+    options: tuple[str, ...]
 
 
 def require_tools(target: str, triple: str, system: str) -> Tools:
@@ -72,25 +74,44 @@ def require_tools(target: str, triple: str, system: str) -> Tools:
         reason = _OUT_OF_REACH.get(system, f"needs a cross compiler for {triple}, and this version drives none")
         raise TargetError(f"target {target}: its native code {reason}; export on such a machine, {portable}")
     toolchain = TOOLCHAINS[triple]
-    compiler, cmake, ninja, make = (
-        shutil.which(program, path=_search_path()) for program in (toolchain.compiler, "cmake", "ninja", "make")
-    )
-    missing = [] if compiler else [toolchain.package]
-    missing += [] if cmake else ["cmake"]
-    missing += [] if ninja or make else ["make"]
-    if not compiler or not cmake or missing:
+    compiler = shutil.which(toolchain.compiler, path=search_path())
+    cmake, generator, missing = _cmake()
+    missing = ([] if compiler else [toolchain.package]) + missing
+    if not compiler or missing:
         raise TargetError(
             f"target {target} is {triple}: its native code is cross-compiled, and this machine lacks what is in the "
             f"Debian package{'s' if len(missing) > 1 else ''} {', '.join(missing)}; install with: "
             f"apt-get install {' '.join(missing)}, {portable}"
         )
-    generator = "Ninja" if ninja else "Unix Makefiles"
-    return Tools(compiler, _first_line(compiler), cmake, generator, toolchain)
+    cmake_file = f"-DCMAKE_TOOLCHAIN_FILE={source_folder() / toolchain.cmake_file}"
+    return Tools(compiler, first_line(compiler), cmake, generator, (cmake_file,))
+
+
+def require_cmake(target: str) -> tuple[str, str]:
+    """The path of cmake and the generator that it is to use; TargetError, which names what to install, without them."""
+    cmake, generator, missing = _cmake()
+    if missing:
+        raise TargetError(
+            f"target {target}: its native code is compiled here, and this machine lacks {' and '.join(missing)}; install with: "
+            f"apt-get install {' '.join(missing)}, or export with --portable, to run the function bodies"
+        )
+    return cmake, generator
+
+
+def _cmake() -> tuple[str, str, list[str]]:
+    """cmake, its generator, and the Debian packages of what is missing."""
+    cmake, ninja, make = (shutil.which(program, path=search_path()) for program in ("cmake", "ninja", "make"))
+    missing = ([] if cmake else ["cmake"]) + ([] if ninja or make else ["make"])
+    return cmake or "", "Ninja" if ninja else "Unix Makefiles", missing
 
 
 def build(target: str, triple: str, system: str, product: Product) -> Path:
     """The path of ``product`` for ``triple``, from the cache or built now; TargetError when it cannot be built."""
-    tools = require_tools(target, triple, system)
+    return build_with(require_tools(target, triple, system), triple, product)
+
+
+def build_with(tools: Tools, triple: str, product: Product) -> Path:
+    """The same with tools that were found."""
     named = "\0".join((product, triple, sources_sha256(), tools.compiler_version, *FLAGS))
     key = hashlib.sha256(named.encode()).hexdigest()
     cmake_target, made = PRODUCTS[product]
@@ -140,13 +161,13 @@ def _compile(tools: Tools, folder: Path, cmake_target: str) -> None:
     sources = source_folder()
     configure = [
         *(tools.cmake, "-S", str(sources), "-B", str(folder), "-G", tools.generator),
-        f"-DCMAKE_TOOLCHAIN_FILE={sources / tools.toolchain.cmake_file}",
+        *tools.options,
         f"-DONNXRUNTIME_INCLUDE_DIR={sources / 'include' / 'onnxruntime'}",
         *FLAGS,
         # The same bytes wherever the package is installed.
         f"-DCMAKE_CXX_FLAGS=-ffile-prefix-map={sources}=.",
     ]
-    environment = dict(os.environ, PATH=_search_path())  # the generator looks for ninja there
+    environment = dict(os.environ, PATH=search_path())  # the generator looks for ninja there
     jobs = str(os.cpu_count() or 1)
     for command in (configure, [tools.cmake, "--build", str(folder), "--target", cmake_target, "--parallel", jobs]):
         try:
@@ -167,12 +188,13 @@ def _require_machine(file: Path, triple: str) -> None:
         raise TargetError(f"the compiler made {file.name} for another machine than {triple}: ELF machine {machine}")
 
 
-def _search_path() -> str:
-    """The folder of this Python, where pip puts programs, and then the path."""
+def search_path() -> str:
+    """Where programs are looked for: the folder of this Python, where pip puts programs, and then the path."""
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
-def _first_line(compiler: str) -> str:
+def first_line(compiler: str) -> str:
+    """What ``compiler`` says of its version; TargetError where it does not run."""
     done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
     if done.returncode != 0 or not lines:

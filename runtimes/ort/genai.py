@@ -6,16 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def genai_config(model: Mapping[str, Any], graph: str, library: str | None, *, shares_cache: bool) -> dict[str, Any]:
+def genai_config(
+    model: Mapping[str, Any], graph: str, library: str | None, provider: str | None = None, *, shares_cache: bool
+) -> dict[str, Any]:
     """The configuration for onnxruntime-genai 0.18; ``model`` is a ModelConfig as a dict.
 
-    ``library`` is the file name of the kernel library inside the bundle, or None for a portable bundle. With
+    ``library`` is the file name of the kernel library inside the bundle, or None for a portable bundle; ``provider`` is the
+    execution provider, by genai's name ("cuda"), None for the CPU's. With
     ``shares_cache`` genai allocates the cache once, for max_length tokens, and binds it as past and present. Unknown keys
     are errors for genai, so that nothing of our own stands here.
     """
     session: dict[str, Any] = {
         "log_id": "onnxruntime-genai",
-        "provider_options": [],
+        # No captured graph: genai 0.18 captures with a mask of max_length slots, and whether this graph stands that, no GPU
+        # has shown yet.
+        "provider_options": [{provider: {"enable_cuda_graph": "0"}}] if provider == "cuda" else [],
         "session.qdq_matmulnbits_accuracy_level": "1",  # as in runtimes/ort/runtime.py: activations are not rounded
     }
     if library:

@@ -17,6 +17,7 @@ from pathlib import Path
 from qsparse_export.errors import TargetError
 
 LIBRARY_NAME = "libqsparse_ort.so"
+CUDA_LIBRARY_NAME = "libqsparse_ort_cuda.so"
 DEVICE_BENCH_NAME = "qsparse-device-bench"
 FORCE_VARIABLE = "QSPARSE_VARIANT"
 

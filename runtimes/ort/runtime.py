@@ -1,4 +1,4 @@
-"""ONNX Runtime on CPU: the graph as it is, with our custom-op library beside it."""
+"""ONNX Runtime on a CPU or an NVIDIA GPU: the graph as it is, with our custom-op library beside it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qsparse_export.errors import BundleError, UsageError
+from qsparse_export.errors import BundleError, TargetError, UsageError
 from qsparse_export.ops.cached_attention import SHARED_CACHE
 from qsparse_export.runtimes.base import NativeCalls, Tuning, subtract_calls
 from qsparse_export.runtimes.ort import bundled, library
@@ -25,15 +25,22 @@ if TYPE_CHECKING:
 SPIN_VARIABLE = "QSPARSE_SPIN"
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
+CUDA_PROVIDER = "CUDAExecutionProvider"
+ON_CPU = "or run it on the CPU with --no-native (function bodies, slower)"
 
 
 @dataclass(frozen=True)
 class OrtRuntime:
-    """Compiles to ``model.onnx`` + ``model.onnx.data`` (+ the kernel library); runs them on the CPU provider."""
+    """Compiles to ``model.onnx`` + ``model.onnx.data`` (+ the kernel library), and runs them.
+
+    ``library`` is the kernel library to register (None: the installed one); ``on_gpu``: on the CUDA provider.
+    """
 
     name: str = "ort"
     dtypes: tuple[str, ...] = ("float32", "float16")
     has_bodies: bool = True
+    library: Path | None = None
+    on_gpu: bool = False
 
     def require_target(self, target: Target) -> None:
         """See :class:`qsparse_export.runtimes.base.Runtime`: the installed library serves, or a cross compiler makes one."""
@@ -44,8 +51,10 @@ class OrtRuntime:
         raise UsageError(f"the runtime {self.name} tunes nothing at export; --tune and its like go with --runtime tvm")
 
     def on_this_machine(self, target: Target) -> OrtRuntime:
-        """See :class:`qsparse_export.runtimes.base.Runtime`: the graph runs anywhere, with the installed library."""
-        return self
+        """See :class:`qsparse_export.runtimes.base.Runtime`: the graph runs anywhere, with the installed library, or with
+        the CPU's kernels in the one that was built for a GPU."""
+        built = bundled.verifying_library(target)
+        return OrtRuntime(library=built) if built else self
 
     def code_record(self, target: Target) -> dict[str, Any] | None:
         """See :class:`qsparse_export.runtimes.base.Runtime`."""
@@ -53,8 +62,9 @@ class OrtRuntime:
 
     def verified_record(self, target: Target) -> dict[str, Any]:
         """See :class:`qsparse_export.runtimes.base.Runtime`."""
-        same = bundled.is_installed(target)
-        record: dict[str, Any] = {"library": bundled.installed_record(), "covers_library": same}
+        same, built = bundled.is_installed(target), bundled.verifying_library(target)
+        library = bundled.record(target) if built else bundled.installed_record()
+        record: dict[str, Any] = {"library": library, "covers_library": same}
         if not same:
             record["note"] = (
                 f"the library for {target.triple} in this bundle was not run at export; {host().triple}'s build of the same "
@@ -82,14 +92,14 @@ class OrtRuntime:
     def open(
         self, folder: Path, *, threads: int | None, native: bool, taps: Sequence[str] = (), graph: Path | None = None
     ) -> OrtSession:
-        """Loads ``graph`` (None: ``folder/model.onnx``); with ``native`` the *installed* kernel library is registered.
+        """Loads ``graph`` (None: ``folder/model.onnx``); with ``native`` the installed kernel library is registered, or the
+        one of ``self.library``, which was built from the installed sources.
 
         The library inside a bundle is for other programs to embed: this one never loads code that a model brings.
         """
-        if graph is None and not taps:
-            return OrtSession(folder / GRAPH, folder, threads=threads, native=native)
-        altered = _with_outputs(graph or folder / GRAPH, taps)
-        return OrtSession(altered, folder, threads=threads, native=native)
+        source = folder / GRAPH if graph is None and not taps else _with_outputs(graph or folder / GRAPH, taps)
+        chosen = (self.library or library.library_path()) if native else None
+        return OrtSession(source, folder, threads=threads, kernels=chosen, on_gpu=self.on_gpu)
 
 
 def _with_outputs(graph: Path, values: Sequence[str]) -> bytes:
@@ -103,12 +113,32 @@ def _with_outputs(graph: Path, values: Sequence[str]) -> bytes:
     return model.SerializeToString()
 
 
+def require_cuda_provider(folder: Path) -> None:
+    """Raises TargetError, about the bundle in ``folder``, when the installed ONNX Runtime is one without CUDA."""
+    import onnxruntime
+
+    if CUDA_PROVIDER not in (there := onnxruntime.get_available_providers()):
+        raise TargetError(
+            f"{folder} was made for an NVIDIA GPU, and ONNX Runtime {onnxruntime.__version__} here has no {CUDA_PROVIDER} "
+            f"(it has {', '.join(there)}): install onnxruntime-gpu in place of onnxruntime, {ON_CPU}"
+        )
+
+
 class OrtSession:
     """An ``onnxruntime.InferenceSession`` whose tensors stay in the runtime between runs."""
 
-    def __init__(self, graph: Path | bytes, folder: Path, *, threads: int | None, native: bool) -> None:
-        """``graph`` is a file in ``folder``, or a serialised model whose external data lie there."""
+    def __init__(
+        self, graph: Path | bytes, folder: Path, *, threads: int | None, kernels: Path | None, on_gpu: bool = False
+    ) -> None:
+        """``graph`` is a file in ``folder``, or a serialised model whose external data lie there; ``kernels`` the library to
+        register, None to run the function bodies. TargetError ``on_gpu`` where ONNX Runtime reaches none."""
         import onnxruntime
+
+        self._device = "cuda" if on_gpu else "cpu"
+        providers = ["CPUExecutionProvider"]
+        if on_gpu:
+            require_cuda_provider(folder)
+            providers.insert(0, CUDA_PROVIDER)
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -124,16 +154,21 @@ class OrtSession:
             options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         self._library: library.Library | None = None
-        if native:
-            self._library = library.open_library()
+        if kernels:
+            self._library = library.open_library(kernels)
             self._library.chosen()  # a forced variant that this CPU lacks is refused here, by name
-            options.register_custom_ops_library(str(library.library_path()))
+            options.register_custom_ops_library(str(kernels))
         try:
-            self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(graph, options, providers=providers)
         except Exception as error:  # onnxruntime raises a class per status code, without a common base of their own
             raise BundleError(
                 f"ONNX Runtime {onnxruntime.__version__} refused the graph of {folder}: {error}"
             ) from error
+        if on_gpu and CUDA_PROVIDER not in self._session.get_providers():  # it only warns, and runs on the CPU
+            raise TargetError(
+                f"{folder}: ONNX Runtime {onnxruntime.__version__} has a CUDA provider and cannot start it: look at nvidia-smi, "
+                f"and for CUDA 13 and cuDNN 9 (pip install 'onnxruntime-gpu[cuda,cudnn]'), {ON_CPU}"
+            )
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
         self.input_types = {value.name: value.type for value in self._session.get_inputs()}
@@ -183,7 +218,7 @@ class OrtSession:
         """See :class:`qsparse_export.runtimes.base.Session`."""
         import onnxruntime
 
-        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0)
 
     def to_numpy(self, tensor: onnxruntime.OrtValue) -> np.ndarray:
         """See :class:`qsparse_export.runtimes.base.Session`."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qsparse_export.errors import BundleError, TargetError, UsageError
 from qsparse_export.runtimes.base import Tuning
-from qsparse_export.runtimes.tvm import environment
+from qsparse_export.runtimes.tvm import environment, made_here
 from qsparse_export.runtimes.tvm.codegen import lanes_of, runs_here, tvm_target
 from qsparse_export.runtimes.tvm.tiling import DefaultTilings, Tilings, cores_of
 from qsparse_export.targets.target import load_target
@@ -102,6 +102,7 @@ class TvmRuntime:
         program = Program.of(_read(folder / GRAPH), folder)
         tilings, table = chosen_tilings(program, target, self.tuning)
         _build(program, target, tilings, folder / MODULE)
+        made_here.remember(folder / MODULE)
         (folder / TILINGS).write_text(json.dumps(table, indent=2) + "\n", "utf-8")
         return (*files, MODULE, TILINGS)
 
@@ -111,7 +112,7 @@ class TvmRuntime:
         """Loads ``folder/model.so``; with ``taps`` or ``graph`` compiles that graph for this machine first.
 
         Raises UsageError for ``native=False``: there are no bodies; BundleError for a module that is damaged or another
-        machine's.
+        machine's, or was compiled elsewhere and is not trusted (:mod:`~qsparse_export.runtimes.tvm.made_here`).
         """
         environment.require_tvm()
         from qsparse_export.runtimes.tvm.session import Program, TvmSession
@@ -126,6 +127,7 @@ class TvmRuntime:
         as_compiled = graph is None or (graph.resolve() == (folder / GRAPH).resolve())
         if as_compiled and not taps and not self.rebuild:
             _require_module(folder / MODULE, here)
+            made_here.require_trust(folder / MODULE)
             return TvmSession(folder / MODULE, program, weights, variant, threads)
         with tempfile.TemporaryDirectory(prefix="qsparse-tvm-") as scratch:
             _build(program, here, DefaultTilings(cores_of(here)), Path(scratch) / MODULE)

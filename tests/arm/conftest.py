@@ -1,8 +1,7 @@
 """Makes ``emulation`` importable from the tests of this folder; bundles for ARM, and processors to run them on."""
 
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,22 +9,15 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 
 from counting_models import MODELS, trained
-from emulation import ROOT, Emulator, onnxruntime_for_arm
+from emulation import Emulator, onnxruntime_for_arm
 
 import qsparse_export as qs
 from qsparse_export.bundle import Bundle
 
 
 @pytest.fixture(scope="session", autouse=True)
-def build_cache() -> Iterator[None]:
-    """Cross-compiled libraries are kept in the project's own .cache."""
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(ROOT / ".cache" / "xdg")
-    yield
-    if before is None:
-        del os.environ["XDG_CACHE_HOME"]
-    else:
-        os.environ["XDG_CACHE_HOME"] = before
+def kept_builds(build_cache: None) -> None:
+    """Every test here uses the cache."""
 
 
 @pytest.fixture(scope="session")

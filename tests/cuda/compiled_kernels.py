@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qsparse_export.runtimes.ort.cuda_build import find_nvcc
+
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (80, 87, 89, 90)
 """Compute capabilities times ten: those of the targets cuda-smNN."""
@@ -53,20 +55,17 @@ class Build:
         return sorted((self.folder / "runtimes" / "cuda").glob("*.cubin"))
 
 
-def find_nvcc() -> Path:
-    """The compiler on the path, else the one of the Python packages. NoCompiler where there is none."""
-    found = shutil.which("nvcc")
-    if found is not None:
-        return Path(found)
-    packaged = sorted(folder for path in sys.path for folder in Path(path).glob("nvidia/cu*/bin/nvcc"))
-    if not packaged:
+def require_nvcc() -> Path:
+    """The compiler; NoCompiler where there is none."""
+    nvcc = find_nvcc()
+    if nvcc is None:
         raise NoCompiler("nvcc is missing, which this needs: pip install 'qsparse-export[cuda]', or install CUDA 13")
-    return packaged[-1]
+    return nvcc
 
 
 def build(name: str = "nvcc") -> Build:
     """Compile all kernels in build/tests/cuda/<name>; a later call only compiles when a source has changed."""
-    nvcc = find_nvcc()
+    nvcc = require_nvcc()
     folder = ROOT / "build" / "tests" / "cuda" / name
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "ptxas.log"

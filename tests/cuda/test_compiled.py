@@ -101,7 +101,7 @@ def without_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_nvcc_the_message_names_the_extra(without_nvcc: None) -> None:
     with pytest.raises(NoCompiler, match=r"qsparse-export\[cuda\]"):
-        compiled_kernels.find_nvcc()
+        compiled_kernels.require_nvcc()
 
 
 def test_without_nvcc_the_build_leaves_the_kernels_out_or_refuses(without_nvcc: None, tmp_path: Path) -> None:

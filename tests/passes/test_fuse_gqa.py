@@ -5,6 +5,7 @@ import onnx_ir as ir
 import pytest
 from graph_text import graph_of, kinds, run, spelled
 
+from qsparse_export.errors import UsageError
 from qsparse_export.ops.cached_attention import SHARED_CACHE
 from qsparse_export.passes.fuse_gqa import FuseGqa, explain
 
@@ -59,6 +60,40 @@ def test_left_padding_and_positions_keep_their_meaning(dtype, kind, batch, token
         np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6 if kind is np.float32 else 4e-3)
 
 
+@pytest.mark.parametrize(("batch", "tokens", "past"), [(2, 5, 0), (2, 1, 6), (1, 3, 4)])
+def test_right_padding_needs_no_bias(batch, tokens, past):
+    given = feeds(batch, tokens, past, np.float16)
+    given["attention_mask"][:] = 1
+    filled = tokens
+    if past == 0:  # padding behind a prompt; a token after it is written where the padding was, which is another cache
+        given["attention_mask"][-1, -2:] = 0
+        filled = tokens - 2
+    expected = run(graph(dtype="float16"), given, False)
+    lowered = graph(dtype="float16")
+    assert FuseGqa(padding="right")(lowered).modified
+    node = next(node for node in lowered.graph if node.op_type == "GroupQueryAttention")
+    assert len(node.inputs) == 7, "no bias"
+    for got, wanted in zip(run(lowered, given, False), expected, strict=True):
+        axis = 1 if got.ndim == 3 else 2
+        rows = [np.take(array[-1:], range(past * (axis == 2) + filled), axis) for array in (got, wanted)]
+        np.testing.assert_allclose(got[:-1], wanted[:-1], rtol=0, atol=4e-3)
+        np.testing.assert_allclose(*rows, rtol=0, atol=4e-3)
+
+
+def test_right_padding_takes_no_mask_that_hides_more():
+    reason = "the mask is not provably that of attended slots and causal, and nothing more"
+    window = TEXT.replace(
+        "attended =",
+        "width = Constant <value = int64 {4096}> () oldest = Sub (queries, width) near = Greater (slots, oldest) "
+        "seen = And (causal, near) attended =",
+    ).replace("And (causal, wide)", "And (seen, wide)")
+    assert unfused(graph(window, "float16"), padding="right") == reason
+    assert unfused(graph(), padding="right") == "CUDA's kernel takes float16 alone"
+    assert FuseGqa()(graph(window)).modified, "a bias carries the window"
+    with pytest.raises(UsageError, match="padding=left; expected any or right"):
+        FuseGqa(padding="left")(graph())
+
+
 def test_a_batch_of_chunks_is_refused_by_the_runtime_and_not_computed_wrong():
     lowered = graph()
     FuseGqa()(lowered)
@@ -88,11 +123,11 @@ def test_twice_changes_nothing():
     assert not FuseGqa()(lowered).modified and spelled(lowered) == before
 
 
-def unfused(made: ir.Model) -> str:
+def unfused(made: ir.Model, padding: str = "any") -> str:
     """Asserts that nothing is lowered, and returns why."""
     before = spelled(made)
-    reason = explain(made.graph, next(node for node in made.graph if node.op_type == "Attention"))
-    assert not FuseGqa()(made).modified and spelled(made) == before
+    reason = explain(made.graph, next(node for node in made.graph if node.op_type == "Attention"), padding)
+    assert not FuseGqa(padding)(made).modified and spelled(made) == before
     return reason
 
 

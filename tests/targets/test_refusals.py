@@ -40,12 +40,6 @@ def refused(export, tmp_path: Path, message: str, target: str, error: type[Excep
     assert not list(tmp_path.glob("*out*"))
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda-sm80", "cuda-sm87", "cuda-sm89", "cuda-sm90"])
-def test_cuda_has_no_kernels_yet(export, tmp_path, name):
-    reason = f"target {name} wants a kernel library for NVIDIA GPUs, which this version does not build; .*--portable"
-    refused(export, tmp_path, reason, name)
-
-
 def test_cuda_is_exported_where_bodies_are_asked_for(export):
     bundle = export("cuda-sm87", portable=True)
     assert bundle.manifest["native"] is False

@@ -43,9 +43,32 @@ def test_a_device_that_one_can_buy_says_all_its_sizes(name):
 def test_native_ops_of_every_processor_are_those_of_the_library():
     ops = frozenset(open_library().ops)
     assert op_sets()["cpu-kernels"] == ops
-    native = {name for name in target_names() if load_target(name).native_ops}
-    assert {load_target(name).native_ops for name in native} == {ops}
-    assert native == {name for name in EXPECTED if name not in ("web", "node") and not name.startswith("cuda")}
+    native = {name: load_target(name).native_ops for name in target_names() if load_target(name).native_ops}
+    assert native.keys() == EXPECTED - {"web", "node"}
+    gpus = {name for name in native if name.startswith("cuda")}
+    assert {native[name] for name in native.keys() - gpus} == {ops}
+    assert {native[name] for name in gpus} == {op_sets()["cuda-kernels"]}
+
+
+def test_native_ops_of_gpus_are_those_of_the_library():
+    """As its source registers them: each type of an op is one entry."""
+    source = (Path(__file__).parents[2] / "runtimes" / "cuda" / "ort_ops.cc").read_text()
+    registered = set(re.findall(r"static const CudaOp<\w+<(?:k(\w+), )?", source))
+    named = {"TopK": "kTopKSparsify", "NBits": "kSparseMatMulNBits"}
+    ops = {op for op in registered if op.endswith("MatMul")}
+    for traits, op in named.items():
+        assert re.search(rf"struct {traits}Traits .*?kOp = {op};", source, re.DOTALL)
+        ops.add(op.removeprefix("k"))
+    assert op_sets()["cuda-kernels"] == ops
+
+
+def test_gpus_compute_in_float16_where_nothing_is_asked_and_say_what_onnx_runtime_runs():
+    for name in target_names():
+        target = load_target(name)
+        is_gpu = "cuda" in target.features
+        assert target.dtypes[0] == ("float16" if is_gpu else "float32")
+        assert bool(target.provider_ops) == is_gpu
+    assert not load_target("cuda").provider_ops & {"BitShift", "BitwiseAnd"}, "ONNX Runtime 1.31 has no CUDA kernels"
 
 
 def test_dotprod_is_where_the_processor_has_it():
@@ -104,6 +127,10 @@ def test_own_file_is_a_target(board):
         ({"features": '["asimddp"]'}, "asimddp without asimd: every device with the first has the second"),
         ({"native_ops": '"gpu-kernels"'}, "native_ops is 'gpu-kernels'"),
         ({"native_ops": "[]"}, "library is 'built' and native_ops lists no ops: an op runs natively exactly where"),
+        ({"provider_ops": '"onnxruntime"'}, "provider_ops is 'onnxruntime'; did you mean onnxruntime-cuda"),
+        ({"provider_ops": '["Add"]'}, "provider_ops lists ops without the feature cuda"),
+        ({"features": '["cuda"]'}, "provider_ops lists no ops with the feature cuda"),
+        ({"features": '["cuda", "sm_75"]'}, "feature 'sm_75' is none of aarch64"),
         ({"library": '"impossible"'}, "library is 'impossible' and native_ops lists ops"),
         ({"library": '"yes"'}, "library is 'yes'; expected one of built, impossible, missing"),
         ({"runtimes": '["reference"]'}, "the library is one for the runtime ort, which runtimes does not list"),

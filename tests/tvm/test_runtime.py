@@ -180,6 +180,19 @@ def test_a_module_of_another_graph_is_refused(bundles, tmp_path):
         session.run(feeds_of(session, np.random.default_rng(0), 1, 1, 0))
 
 
+def test_a_module_that_was_made_elsewhere_runs_only_if_it_is_trusted(bundles, tmp_path, monkeypatch):
+    folder = damaged(bundles("bitnet"), tmp_path / "bundle", (bundles("bitnet").path / MODULE).read_bytes())
+    TvmRuntime().open(folder, threads=1, native=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another user's"))
+    with pytest.raises(BundleError, match="QSPARSE_TRUST_MODULES=1 if you trust whoever made it"):
+        TvmRuntime().open(folder, threads=1, native=True)
+    monkeypatch.setenv("QSPARSE_TRUST_MODULES", "1")
+    TvmRuntime().open(folder, threads=1, native=True)
+    monkeypatch.setenv("QSPARSE_TRUST_MODULES", "yes")
+    with pytest.raises(UsageError, match="expected 0 or 1"):
+        TvmRuntime().open(folder, threads=1, native=True)
+
+
 def test_short_weights_are_refused(bundles, tmp_path):
     folder = damaged(bundles("bitnet"), tmp_path, (bundles("bitnet").path / MODULE).read_bytes())
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:5000])

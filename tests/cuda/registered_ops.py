@@ -1,0 +1,12 @@
+"""PACKAGE: prints as JSON the ops that the CUDA provider of onnxruntime-gpu in PACKAGE registers kernels for."""
+
+import json
+import sys
+
+sys.path.insert(0, sys.argv[1])
+
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+kernels = [kernel for kernel in state.get_all_opkernel_def() if kernel.provider == "CUDAExecutionProvider"]
+names = {f"{kernel.domain}::{kernel.op_name}" if kernel.domain else kernel.op_name for kernel in kernels}
+print(json.dumps(sorted(names)))

@@ -1,0 +1,146 @@
+"""ONNX Runtime's own CUDA provider on a machine without a GPU: a stand-in for the CUDA libraries whose kernels do nothing.
+
+The provider comes from the wheel onnxruntime-gpu. All that it does on the host is done: it chooses which nodes it takes,
+makes their kernels, checks shapes, types and attributes at every run, allocates and launches. What it computes is nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kernel_runs import tool
+
+from qsparse_export.runtimes.ort.cuda_build import find_nvcc
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / ".cache" / "onnxruntime-gpu"
+PACKAGE = "onnxruntime-gpu==1.31.1"
+"""The newest on PyPI in November 2026."""
+
+SOURCE = Path(__file__).parent / "stand_in_runtime.cc"
+RUNTIME, DRIVER, CUDNN = "libcudart.so.13", "libcuda.so.1", "libcudnn.so.9"
+TENSORRT = ("libnvinfer.so.10", "libnvonnxparser.so.10")
+_PREFIXES = r"(?:__cuda|cuda|cublas|cudnn|curand|cuTensor|createInfer|createNv|getPlugin|getInfer)\w*"
+_VERSION = {"cudnnGetVersion": 92000}
+
+
+def packaged_provider() -> Path:
+    """The folder to put on Python's path for onnxruntime-gpu, taken from PyPI once; nothing is installed."""
+    folder = CACHE / "package"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(CACHE), PACKAGE]
+            subprocess.run(pip, check=True)
+            partial = CACHE / f"partial.{os.getpid()}"
+            wheel = next(CACHE.glob("onnxruntime_gpu-*.whl"))
+            with zipfile.ZipFile(wheel) as content:
+                content.extractall(partial)
+            partial.rename(folder)
+            wheel.unlink()
+    return folder
+
+
+def build(package: Path) -> Path:
+    """The folder of libraries that stand for CUDA's; compiled again when the source is newer."""
+    capi = package / "onnxruntime" / "capi"
+    providers = [capi / f"libonnxruntime_providers_{name}.so" for name in ("cuda", "tensorrt")]
+    folder = ROOT / "build" / "tests" / "cuda" / "stand_in"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = folder / "done"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        newest = max(path.stat().st_mtime for path in (SOURCE, Path(__file__), *providers))
+        if not done.exists() or done.stat().st_mtime < newest:
+            own = set(re.findall(r"\b(\w+)\([^;{}]*\) \{", SOURCE.read_text("utf-8")))
+            for library, functions in _wanted(providers).items():
+                _compile(folder, library, functions - own if library == RUNTIME else functions)
+            done.touch()
+    return folder
+
+
+def _wanted(providers: list[Path]) -> dict[str, set[str]]:
+    """Library to the functions that are taken from it; of cuDNN, which the first provider opens itself, all that it names."""
+    wanted: dict[str, set[str]] = defaultdict(set)
+    for library in ("libcurand.so.10", DRIVER, *TENSORRT):
+        wanted[library] = set()
+    for provider in providers:
+        nm = [tool("nm", "binutils"), "-D", "--undefined-only", provider]
+        listed = subprocess.run(nm, capture_output=True, text=True, check=True).stdout
+        for name, library in re.findall(rf"U ({_PREFIXES})(?:@+(\S+))?$", listed, re.MULTILINE):
+            wanted[library or (TENSORRT[0] if name.startswith(("create", "get")) else DRIVER)].add(name)
+    wanted[CUDNN] |= {name.decode() for name in re.findall(rb"(?<=\0)cudnn[A-Z]\w+(?=\0)", providers[0].read_bytes())}
+    return wanted
+
+
+def _compile(folder: Path, library: str, functions: set[str]) -> None:
+    source, versions = folder / f"{library}.cc", folder / f"{library}.map"
+    source.write_text("".join(map(_succeeding, sorted(functions))), "utf-8")
+    versions.write_text(f"{library} {{ global: *; }};\n", "utf-8")
+    flags = ["-shared", "-Xcompiler=-fPIC,-w", f"-Xlinker=-soname,{library}", "--cudart=none"]
+    flags += [f"-Xlinker=--version-script={versions}"] if library not in (DRIVER, *TENSORRT) else []
+    sources = [source, *([SOURCE] if library == RUNTIME else [])]
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.fail("nvcc is missing, which this needs: pip install 'qsparse-export[cuda]'", pytrace=False)
+    command = [nvcc, *flags, "-o", folder / library, *sources]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.fail(f"{' '.join(map(str, command))}\n{done.stderr[-4000:]}", pytrace=False)
+
+
+def _succeeding(name: str) -> str:
+    """A function that returns 0, or makes a handle that is not null."""
+    if name in _VERSION:
+        return f'extern "C" unsigned long {name}() {{ return {_VERSION[name]}; }}\n'
+    if "Create" in name:
+        return f'extern "C" int {name}(void** made) {{ *made = reinterpret_cast<void*>(8); return 0; }}\n'
+    if re.search(r"String|Name", name):
+        return f'extern "C" const char* {name}() {{ return "stand-in"; }}\n'
+    if re.search(r"Reduction\w+Size", name):
+        return (
+            f'extern "C" int {name}(void*, void*, void*, void*, unsigned long* bytes) {{ *bytes = 256; return 0; }}\n'
+        )
+    return f'extern "C" int {name}() {{ return 0; }}\n'
+
+
+def run(bundle: Path, library: Path) -> dict[str, Any]:
+    """What on_stand_in.py says of the decoder in ``bundle``, with ``library`` registered."""
+    return _printed("on_stand_in.py", bundle, library)
+
+
+def registered_ops() -> list[str]:
+    """Ops that the provider has kernels for, ``domain::Name`` or ``Name`` of the standard domain."""
+    return _printed("registered_ops.py")
+
+
+def refusal(bundle: Path, library: Path) -> str:
+    """What the same process says where there are no CUDA libraries at all."""
+    done = _process("on_stand_in.py", (bundle, library), libraries="")
+    assert done.returncode != 0
+    return done.stderr
+
+
+def _printed(script: str, *arguments: Path) -> Any:
+    done = _process(script, arguments, libraries=str(build(packaged_provider())))
+    if done.returncode != 0:
+        pytest.fail(f"{' '.join(map(str, done.args))}\n{done.stderr[-4000:]}", pytrace=False)
+    return json.loads(done.stdout)
+
+
+def _process(script: str, arguments: Sequence[Path], libraries: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, Path(__file__).parent / script, packaged_provider(), *arguments]
+    environment = {**os.environ, "LD_LIBRARY_PATH": libraries}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
