@@ -107,9 +107,20 @@ class Runtime(Protocol):
     bodies in place of kernels (``native=False``); where it cannot, no bundle of it is portable.
     """
 
-    name: str
-    dtypes: tuple[str, ...]
-    has_bodies: bool
+    @property
+    def name(self) -> str:
+        """What ``--runtime`` takes."""
+        ...
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Number formats of activations."""
+        ...
+
+    @property
+    def has_bodies(self) -> bool:
+        """Whether function bodies run in place of kernels."""
+        ...
 
     def require_target(self, target: Target) -> None:
         """Raises TargetError when :meth:`compile` could not make native kernels for ``target`` on this machine."""

@@ -219,12 +219,12 @@ def _parse(text: str, origin: str) -> Target:
     if missing := sorted(needed - set(plain)):
         raise TargetError(f"target {origin} lacks {', '.join(missing)}; every target says {', '.join(sorted(needed))}")
     for field in _OP_SETS:
-        name = plain.get(field)
-        if isinstance(name, str):
+        given = plain.get(field)
+        if isinstance(given, str):
             sets = op_sets(field)
-            if name not in sets:
-                raise TargetError(f"target {origin}: {field} is {name!r}; {near_names(name, sets)}, or a list")
-            plain[field] = sorted(sets[name])
+            if given not in sets:
+                raise TargetError(f"target {origin}: {field} is {given!r}; {near_names(given, sets)}, or a list")
+            plain[field] = sorted(sets[given])
     target = Target(**{name: _value(origin, name, known[name], plain[name]) for name in plain})
     if wrong := _contradictions(target):
         raise TargetError(f"target {origin}: {'; '.join(wrong)}")

@@ -184,7 +184,9 @@ def tune(
             : max(trials - len(known), 0)
         ]
     ]
-    runner = _runner(tracker) if chosen else None
+    if not chosen:
+        return
+    runner = _runner(tracker)
     with tempfile.TemporaryDirectory(prefix="qsparse-tune-") as folder:
         for number, (kernel, choice) in enumerate(chosen, 1):
             module = kernel.module(database.lanes, kernel.tilings[choice])

@@ -19,4 +19,5 @@ def build(module: Path, kind: str, arch: str, host_triple: str, compiler: str, l
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]), *sys.argv[2:6], Path(sys.argv[6]))
+    given, kind, arch, host_triple, compiler, made = sys.argv[1:]
+    build(Path(given), kind, arch, host_triple, compiler, Path(made))
