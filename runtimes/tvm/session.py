@@ -12,9 +12,9 @@ import onnx
 
 from qsparse_export.errors import ExportError, UsageError
 from qsparse_export.runtimes.base import NativeCalls
-from qsparse_export.runtimes.tvm import environment
+from qsparse_export.runtimes.tvm.machine import Machine
 from qsparse_export.runtimes.tvm.prologue import Cut, cut
-from qsparse_export.runtimes.tvm.weights import Weight, mapped, weights_of
+from qsparse_export.runtimes.tvm.weights import Weight, weights_of
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -79,17 +79,11 @@ class Program:
 class TvmSession:
     """A Relax virtual machine with its weights. Tensors are TVM's; a cache with room is written in place."""
 
-    def __init__(self, library: Path, program: Program, weights: Path, variant: str, threads: int | None) -> None:
-        """``library`` is the compiled module of ``program``, ``weights`` the file that its weights lie in."""
-        self._tvm = environment.tvm()
-        self._threads = threads
+    def __init__(self, machine: Machine, program: Program, variant: str) -> None:
+        """``machine`` has the compiled module of ``program`` and its weights; ``variant`` names its kernels."""
+        self._machine = machine
         self._program = program
         self._variant = variant
-        self._runs = 0
-        environment.use_threads(threads)
-        machine = self._tvm.relax.VirtualMachine(self._tvm.runtime.load_module(str(library)), self._tvm.cpu())
-        self._main = machine["main"]
-        self._weights = mapped(program.weights, weights)
         self._prologue = _open_prologue(program.cut.prologue) if program.cut.made else None
         self._taken = tuple(value.name for value in program.cut.rest.graph.input)
         self.input_names = program.input_names
@@ -103,7 +97,6 @@ class TvmSession:
         tokens, is.
         """
         results = results or {}
-        environment.use_threads(self._threads)
         values = {name: self._tensor(value) for name, value in feeds.items()}
         values |= self._positions(feeds)
         in_place = {c.made for c in self._program.caches if c.made in results and results[c.made] is feeds[c.given]}
@@ -116,18 +109,17 @@ class TvmSession:
                     f"{cache.given} has room for {values[cache.given].shape[2]} tokens and is to hold {total}; feed a larger "
                     "one, or do not name it among the results"
                 )
-        made = self._main(*(values[name] for name in self._taken), *self._weights)
-        self._runs += 1
-        outputs = dict(zip(self.output_names, made if len(self.output_names) > 1 else (made,), strict=True))
+        made = self._machine.call([values[name] for name in self._taken])
+        outputs = dict(zip(self.output_names, made, strict=True))
         for name, target in results.items():
-            if name not in in_place:
+            if self._machine.copies_inputs or name not in in_place:
                 target.copyfrom(outputs[name])
             outputs[name] = target
         return outputs
 
     def to_tensor(self, array: np.ndarray) -> Any:
         """See :class:`qsparse_export.runtimes.base.Session`."""
-        return self._tvm.runtime.tensor(np.ascontiguousarray(array))
+        return self._machine.tensor(array)
 
     def to_numpy(self, tensor: Any) -> np.ndarray:
         """See :class:`qsparse_export.runtimes.base.Session`."""
@@ -135,9 +127,9 @@ class TvmSession:
 
     def native_calls(self) -> NativeCalls:
         """See :class:`qsparse_export.runtimes.base.Session`: a compiled module has no other way to run an op of ours."""
-        if not self._runs:
+        if not self._machine.runs:
             return {}
-        return {name: {self._variant: nodes * self._runs} for name, nodes in self._program.native_nodes.items()}
+        return {name: {self._variant: nodes * self._machine.runs} for name, nodes in self._program.native_nodes.items()}
 
     def _tensor(self, value: Any) -> Any:
         return self.to_tensor(value) if isinstance(value, np.ndarray) else value
