@@ -1,7 +1,7 @@
 """The near side of one device behind TVM's RPC: a process of its own, since a device that falls silent can only be left so.
 
 The protocol is one JSON object per line, as in :mod:`qsparse_export.bench.session_process`. It borrows a device of a tracker
-and says which; then it does what it is told: opens the bundle there, sets threads, generates, times.
+and says which; at the first line it opens the bundle there, and then it sets threads, generates and times as it is told.
 
     python -m qsparse_export.bench.rpc_process '{"bundle": DIR, "tracker": "127.0.0.1:9190", "key": "board", ...}'
 """
@@ -57,13 +57,15 @@ def _session(request: dict[str, Any], commands: TextIO, tell: Callable[[str], ob
     remote = address.connect(request["timeout_s"])
     yield {"address": f"{address.host}:{address.port}", "threads": threads_of(remote)}
     bundle = Bundle.load(request["bundle"], check=False)  # checked by the process that started this one
+    if not commands.readline():  # the devices are measured one after the other: this one's turn has come
+        return
     model = _Model(bundle, remote, tell)
     yield {"opened": True}
     for line in commands:
         command = json.loads(line)
         if "threads" in command:
             use_threads(remote, command["threads"])
-            yield {}
+            yield {"threads": command["threads"]}
         elif "choose" in command:
             yield {"chosen": model.choose(command["choose"])}
         elif "prefill" in command:

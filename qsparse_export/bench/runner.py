@@ -94,17 +94,29 @@ class Conversation:
                 return answer
             self._tell(str(answer["progress"]))
 
-    def expire(self, timeout_s: float) -> None:
-        """Ends the process, which took ``timeout_s``: whoever waits for an answer is told so."""
-        self._timeout_s = timeout_s
-        self._process.kill()
+    @contextlib.contextmanager
+    def within(self, timeout_s: float) -> Iterator[None]:
+        """Ends the process when the block takes longer: whoever waits for an answer is told so."""
+
+        def expire() -> None:
+            self._timeout_s = timeout_s
+            self._process.kill()
+
+        watch = threading.Timer(timeout_s, expire)
+        watch.start()
+        try:
+            yield
+        finally:
+            watch.cancel()
 
     def _line(self) -> dict[str, Any]:
         line = _pipe(self._process.stdout).readline()
         if not line:
             code = self._process.wait()
             if self._timeout_s is not None:
-                raise TargetError(f"{self.name} did not finish in {self._timeout_s:g} s; is it still there? Or give it more")
+                raise TargetError(
+                    f"{self.name} did not finish in {self._timeout_s:g} s; is it still there? Or give it more"
+                )
             raise TargetError(f"the process that ran {self.name} ended {_cause(code)}: there is no measurement of it")
         try:
             answer = json.loads(line)
@@ -177,23 +189,15 @@ def process_runner(command: Sequence[str], name: str) -> Iterator[ProcessRunner]
 
 @contextlib.contextmanager
 def conversation(
-    command: Sequence[str],
-    name: str,
-    tell: Callable[[str], object] = lambda _: None,
-    timeout_s: float | None = None,
+    command: Sequence[str], name: str, tell: Callable[[str], object] = lambda _: None
 ) -> Iterator[Conversation]:
-    """Starts ``command``, to be talked with; it is ended when the block ends, or after ``timeout_s``."""
+    """Starts ``command``, to be talked with; it is ended when the block ends, however that happens."""
     try:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     except OSError as error:
         raise TargetError(f"cannot start {command[0]}: {error.strerror}") from error
-    talk = Conversation(process, name, tell)
-    watch = threading.Timer(timeout_s or 0, lambda: talk.expire(timeout_s or 0))
-    watch.daemon = True
-    if timeout_s is not None:
-        watch.start()
     try:
-        yield talk
+        yield Conversation(process, name, tell)
     except BaseException:
         process.kill()
         raise
@@ -202,4 +206,3 @@ def conversation(
             _pipe(process.stdin).close()  # end of input: the process ends by itself
         _pipe(process.stdout).close()
         process.wait()
-        watch.cancel()
