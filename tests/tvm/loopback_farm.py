@@ -31,18 +31,20 @@ def farm(keys: list[str]) -> Iterator[Tracker]:
 
 
 @contextlib.contextmanager
-def mortal_farm(keys: list[str]) -> Iterator[tuple[Tracker, list[int]]]:
-    """As :func:`farm`; with the process group of each server, by which a test ends it."""
+def mortal_farm(keys: list[str]) -> Iterator[tuple[Tracker, dict[str, int]]]:
+    """As :func:`farm`; with the process group of the server at each "host:port", by which a test ends it."""
     tracker = Tracker("127.0.0.1", free_port(), keys[0])
-    groups = []
+    groups = {}
     address = f"{tracker.host}:{tracker.port}"
     with contextlib.ExitStack() as running:
         ports = ("--port", str(tracker.port), "--port-end", str(tracker.port + 1))
         running.enter_context(_process("rpc_tracker", "--host", tracker.host, *ports))
         _wait(lambda: _require_listener(tracker))
         for key in keys:
-            server = _process("rpc_server", "--host", tracker.host, "--tracker", address, "--key", key)
-            groups.append(running.enter_context(server))
+            port = free_port()
+            ports = ("--port", str(port), "--port-end", str(port + 1))
+            server = _process("rpc_server", "--host", tracker.host, *ports, "--tracker", address, "--key", key)
+            groups[f"{tracker.host}:{port}"] = running.enter_context(server)
         for key in set(keys):
             _wait(lambda key=key: _require(Tracker(tracker.host, tracker.port, key), keys.count(key)))
         yield tracker, groups
