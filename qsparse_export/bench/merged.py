@@ -104,7 +104,7 @@ def _read(path: Path) -> list[Mapping[str, Any]]:
             f"{path} is not JSON ({error}); expected what qsparse-bench BUNDLE -o json prints"
         ) from error
     several = plain.get("reports") if isinstance(plain, dict) else None
-    reports = several if isinstance(several, list) else [plain]
+    reports = several if isinstance(several, list) and several else [plain]
     for report in reports:
         if not isinstance(report, dict) or not isinstance(report.get("rows"), list):
             raise MeasurementError(f"{path} has no rows; expected what qsparse-bench BUNDLE -o json prints")
