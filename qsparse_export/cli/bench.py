@@ -13,6 +13,7 @@ from qsparse_export.cli.console import run, say
 _EPILOG = """\
 examples
   qsparse-bench kernels --k 2560 --n 6912 --density 0.4,1 -t 1,2 --peers ort
+  qsparse-bench kernels --k 4096 --n 14336 --op nbits --density 0.5 --peers ort,tvm
   qsparse-bench kernels --op topk --k 2560,6912 --density 0.4 -t 1 -o json
   qsparse-bench kernels --m 128 --k 2560 --n 6912 --density 1 -t 2 --variant avx2
 
@@ -55,7 +56,12 @@ def parser() -> argparse.ArgumentParser:
     )
     kernels.add_argument("--variant", metavar="NAME", help="force this kernel variant (default: the fastest here)")
     kernels.add_argument("--hot", action="store_true", help="one matrix, which stays in the cache")
-    kernels.add_argument("--peers", default="", metavar="P,..", help="ort: ONNX Runtime's MatMulNBits or TopK")
+    kernels.add_argument(
+        "--peers",
+        default="",
+        metavar="P,..",
+        help="ort: ONNX Runtime's MatMulNBits or TopK; tvm: the op as TVM compiles it",
+    )
     kernels.add_argument(
         "--seconds", type=float, default=1.0, metavar="S", help="per contender and case, at least 5 rounds (default 1)"
     )

@@ -205,6 +205,7 @@ def _modes(bundle: Bundle, *, dense: bool, no_native: bool) -> tuple[Mode, ...]:
         say("note: the bundle is portable: its function bodies run, not the native kernels")
         return tuple(dict.fromkeys(("bodies", *extra)))
     if no_native:
+        bundle.require_bodies()
         try:
             bundle.require_host()
         except TargetError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,6 @@ def pipeline() -> Any:
 
 def linker(triple: str, here: str) -> str:
     """The program that links for ``triple`` on a machine that is ``here``; TargetError naming what to install."""
-    import shutil
-
     own = triple == here
     compiler, package = COMPILERS.get(triple, (None, None))
     found = cc.get_cc() if own else compiler and shutil.which(compiler)

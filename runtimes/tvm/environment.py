@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from qsparse_export.errors import TargetError
+from qsparse_export.errors import TargetError, UsageError
 
 VERSIONS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post0"}
 """The versions that the extra [tvm] pins: TVM's importer and its pass names change from release to release."""
@@ -36,6 +37,7 @@ def require_tvm() -> None:
             raise TargetError(f"the runtime tvm is made for {package} {wanted}, and {found} is installed; {_INSTALL}")
 
 
+@cache
 def tvm() -> Any:
     """The module ``tvm``, imported with a thread pool for every core; TargetError as :func:`require_tvm`."""
     require_tvm()
@@ -49,9 +51,13 @@ def tvm() -> Any:
 def use_threads(count: int | None) -> None:
     """Lets the calling thread's kernels run on ``count`` threads from now on (None: all cores).
 
-    TVM keeps one pool per calling thread. TargetError for more threads than the pool was made with.
+    TVM keeps one pool per calling thread. TargetError for more threads than the pool was made with, UsageError where the
+    environment gives no number for that.
     """
-    most = int(os.environ[_THREADS_VARIABLE])
+    text = os.environ[_THREADS_VARIABLE]
+    if not text.isdecimal() or not int(text):
+        raise UsageError(f"{_THREADS_VARIABLE} is {text!r}; expected a number of threads from 1 on")
+    most = int(text)
     wanted = most if count is None else count
     if wanted > most:
         raise TargetError(

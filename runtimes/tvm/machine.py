@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qsparse_export.errors import TargetError
+from qsparse_export.errors import BundleError, TargetError
 from qsparse_export.runtimes.tvm import environment
+from qsparse_export.runtimes.tvm.tensors import copied
 from qsparse_export.runtimes.tvm.weights import Weight, mapped
 
 
@@ -26,7 +27,7 @@ class Machine(Protocol):
         """``array`` as a tensor there."""
         ...
 
-    def call(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    def call(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """Runs the graph once on tensors of :meth:`tensor`, in the order of its inputs; its outputs."""
         ...
 
@@ -48,14 +49,20 @@ class LocalMachine:
 
     def tensor(self, array: np.ndarray) -> Any:
         """See :class:`Machine`."""
-        return self._tvm.runtime.tensor(np.ascontiguousarray(array))
+        return copied(array)
 
-    def call(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """See :class:`Machine`."""
+    def call(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """See :class:`Machine`; BundleError for inputs that the module does not take."""
         environment.use_threads(self._threads)
-        made = self._main(*inputs, *self._weights)
+        try:
+            made = self._main(*inputs, *self._weights)
+        except (RuntimeError, TypeError, ValueError) as error:  # TVM's own errors have no common base
+            raise BundleError(
+                f"the compiled module does not take what the graph gives it: {error}; feed what the graph's inputs say, or "
+                "export the bundle again"
+            ) from error
         self.runs += 1
-        return (made,) if isinstance(made, self._tvm.runtime.Tensor) else tuple(made)
+        return (made,) if isinstance(made, self._tvm.runtime.Tensor) else made
 
 
 class RemoteMachine:
@@ -99,7 +106,7 @@ class RemoteMachine:
         """See :class:`Machine`."""
         return self._tvm.runtime.tensor(np.ascontiguousarray(array), self._device)
 
-    def call(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    def call(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """See :class:`Machine`."""
         self._machine.save_function("weighted", "step", *inputs)
         made = self._machine.module["step"]()

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import onnx
 
-SMALL_BYTES = 1 << 16
+from qsparse_export.errors import BundleError
+
+SMALL_BYTES = 1 << 12
 """Of a constant that the prologue may hold: the frequencies of rotary positions, no weights."""
 
 
@@ -29,7 +31,10 @@ class Cut:
 
 
 def cut(model: onnx.ModelProto, folder: str) -> Cut:
-    """``model``, whose weights are external files in ``folder``, in two graphs of the same opset."""
+    """``model``, whose weights are external files in ``folder``, in two graphs of the same opset.
+
+    Raises BundleError when a constant of the prologue cannot be read.
+    """
     graph = model.graph
     early = _computed_of_integers(graph)
     maker = {name: node for node in graph.node for name in node.output}
@@ -122,4 +127,7 @@ def _renamed(name: str, tensor_type: onnx.TypeProto.Tensor) -> onnx.ValueInfoPro
 
 
 def _inline(tensor: onnx.TensorProto, folder: str) -> onnx.TensorProto:
-    return onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor, folder), tensor.name)
+    try:
+        return onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor, folder), tensor.name)
+    except (ValueError, OSError, onnx.checker.ValidationError) as error:
+        raise BundleError(f"{folder}: {tensor.name} cannot be read ({error}); export the bundle again") from error

@@ -119,10 +119,7 @@ class TvmRuntime:
         from qsparse_export.runtimes.tvm.session import Program, TvmSession
 
         if not native:
-            raise UsageError(
-                "a bundle of the runtime tvm has one way to run, its compiled module: leave --no-native out, or export with "
-                "--runtime ort for function bodies"
-            )
+            raise UsageError("the runtime tvm runs compiled kernels and has no function bodies: open with native=True")
         model = _with_outputs(_read(graph or folder / GRAPH), taps)
         program = Program.of(model, folder)
         here = load_target("cpu")

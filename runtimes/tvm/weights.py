@@ -10,9 +10,7 @@ import numpy as np
 import onnx
 
 from qsparse_export.errors import BundleError
-from qsparse_export.runtimes.tvm.environment import tvm
-
-ALIGNMENT_BYTES = 64  # which TVM's generated code takes for granted
+from qsparse_export.runtimes.tvm.tensors import copied, is_aligned, over
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,5 @@ def mapped(weights: tuple[Weight, ...], file: Path) -> list[Any]:
                 "another graph; export the bundle again"
             )
         array = content[weight.offset_bytes : end].view(weight.dtype).reshape(weight.shape)
-        if array.ctypes.data % ALIGNMENT_BYTES:
-            tensors.append(tvm().runtime.tensor(np.array(array)))
-        else:
-            tensors.append(tvm().runtime.from_dlpack(array))
+        tensors.append(over(array) if is_aligned(array) else copied(array))
     return tensors

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from emulation import Emulator
+from evidence import EMULATED, Evidence
 
 from qsparse_export.generate import DecoderShape, Generator
 from qsparse_export.runtimes import get_runtime
@@ -28,7 +29,7 @@ def here(bundle, native):
 
 @pytest.mark.parametrize("cpu", VARIANTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_same_tokens_and_calls_as_on_this_machine(bundle, emulator, onnxruntime, name, cpu):
+def test_same_tokens_and_calls_as_on_this_machine(bundle, emulator, onnxruntime, name, cpu, evidence):
     made, processor = bundle(name), emulator(cpu)
     expected, calls = here(made, native=True)
     assert len(set(expected)) > TOKENS // 2  # a model that repeats one token proves little
@@ -40,6 +41,8 @@ def test_same_tokens_and_calls_as_on_this_machine(bundle, emulator, onnxruntime,
         assert result.printed["tokens"] == expected
         there = {op: {VARIANTS[cpu]: count} for op, count in calls.items()} if mode == "native" else {}
         assert result.printed["native_calls"] == there
+        backend = "ONNX Runtime, C++ kernels" if mode == "native" else "ONNX Runtime, function bodies"
+        evidence(Evidence("whole models", backend, f"aarch64 {VARIANTS[cpu]}", EMULATED, f"qemu {cpu}"))
     assert here(made, native=False) == (expected, {})
 
 

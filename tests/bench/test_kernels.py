@@ -59,6 +59,15 @@ def test_top_k(capsys):
     assert set(row["peers"]) == {"ort-topk"}
 
 
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_the_same_op_by_tvm(capsys, op):
+    """On the same weights, and judged as ours is: a wrong one raises."""
+    (row,) = report(capsys, "--op", op, "--group", "32", "-t", "2", "--peers", "tvm")["rows"]
+    ((name, peer),) = row["peers"].items()
+    assert name.startswith("tvm-")
+    assert peer["ratio"] == pytest.approx(peer["median_us"] / row["median_us"])
+
+
 def test_table_and_csv(capsys):
     assert main(["kernels", *QUICK, "--peers", "ort", "-o", "md"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -73,7 +82,7 @@ def test_table_and_csv(capsys):
     [
         (["--op", "softmax"], "--op softmax: this version has no such kernel; known:"),
         (["--op", "ternari"], "--op ternari: this version has no such kernel; did you mean ternary?"),
-        (["--peers", "llama"], "--peers llama: unknown peer; known: ort"),
+        (["--peers", "llama"], "--peers llama: unknown peer; known: ort, tvm"),
         (["--density", "1.5"], "--density 1.5; expected a share of active channels, 0 to 1"),
         (["--m", "0"], "m 0, k 2560"),
         (["-t", "0"], "threads 0; expected 1 or more"),

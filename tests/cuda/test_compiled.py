@@ -7,8 +7,10 @@ import subprocess
 from pathlib import Path
 
 import compiled_kernels
+import cuda_cases
 import pytest
 from compiled_kernels import ARCHITECTURES, ROOT, Build, NoCompiler, resources, run_cmake
+from evidence import COMPILED, OP_NAMES, Evidence, Record
 from kernel_runs import tool
 
 
@@ -36,7 +38,7 @@ def test_every_kernel_is_compiled_for_every_architecture(built: Build) -> None:
     assert all(kernels == by_architecture[0] for kernels in by_architecture)
 
 
-def test_there_is_machine_code_for_every_architecture(built: Build) -> None:
+def test_there_is_machine_code_for_every_architecture(built: Build, evidence: Record) -> None:
     """By file: the architecture that the ELF header names, and every kernel's name in its symbols."""
     found: dict[int, bytes] = {number: b"" for number in ARCHITECTURES}
     for path in built.cubins:
@@ -45,6 +47,8 @@ def test_there_is_machine_code_for_every_architecture(built: Build) -> None:
     for number, content in found.items():
         missing = [name for name in kernels_in_sources() if name.encode() not in content]
         assert not missing, f"sm_{number} lacks {missing}"
+        for op in cuda_cases.OPS:
+            evidence(Evidence(OP_NAMES[op], "CUDA", f"sm_{number}", COMPILED))
     with pytest.raises(ValueError, match="not machine code"):
         compiled_kernels.cubin_architecture(b"\x7fELF" + bytes(60))
 

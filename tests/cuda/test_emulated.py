@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from cuda_cases import OPS
 from emulated_kernels import EmulatedKernels
+from evidence import EMULATED, OP_NAMES, Evidence, Record
 from quantize_cases import Quantize
 from sparse_matmul_cases import SparseMatMul, integer_weights
 from sparse_ternary_cases import SparseTernary
@@ -18,12 +19,13 @@ ORDERS = (0, 1, 2, 3)
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_cases(emulated: EmulatedKernels, op: str) -> None:
+def test_cases(emulated: EmulatedKernels, op: str, evidence: Record) -> None:
     cases, least = OPS[op]
-    count = 0
+    count, share = 0, 0.0
     for count, case in enumerate(cases(np.random.default_rng(1)), 1):
-        emulated.check(case, MULTIPROCESSORS[count % 3], ORDERS[count // 3 % 4])
+        share = max(share, emulated.check(case, MULTIPROCESSORS[count % 3], ORDERS[count // 3 % 4]))
     assert count >= least
+    evidence(Evidence(OP_NAMES.get(op, op), "CUDA", "any", EMULATED, "blocks and threads on the CPU", share))
 
 
 @pytest.mark.parametrize("multiprocessors", MULTIPROCESSORS)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from error_share import error_share
 from kernel_call import ELEMENT_TYPES, Call, unwritten
 from kernel_inputs import KINDS, ROWS, as_type, magnitudes
 from sparse_matmul_cases import EPS, FIXED_POINT, LEAST_MAGNITUDE, SMALLEST, largest_of_group
@@ -50,7 +51,7 @@ class DenseMatMul:
         inputs = {"x": self.x, "w": nbits.pack_outputs(self.codes, self.bits), "scales": self.scales}
         return Call("qsk_dense_matmul_nbits", args, inputs, {"y": unwritten((m, n), self.x.dtype)}, self.workers)
 
-    def check(self, y: np.ndarray) -> None:
+    def check(self, y: np.ndarray) -> float:
         wide = self.scales[:, np.arange(self.x.shape[1]) // self.group].astype(np.float64)
         x = self.x.astype(np.float64)
         good = np.isfinite(x).all(axis=1)
@@ -63,9 +64,8 @@ class DenseMatMul:
             rounded = expected.astype(np.float32).astype(y.dtype).astype(np.float64)
         if y.dtype == np.float16:
             allowed = allowed + 2.0**-10 * np.abs(expected) + 2.0**-24
-        with np.errstate(invalid="ignore"):
-            close = (np.abs(y[good] - rounded) <= allowed) | (y[good] == rounded)
-        assert close.all(), f"{self.x.shape} {self.x.dtype} n {len(self.codes)} bits {self.bits} group {self.group}"
+        label = f"{self.x.shape} {self.x.dtype} n {len(self.codes)} bits {self.bits} group {self.group}"
+        return error_share(y[good], rounded, allowed, label)
 
 
 def cases(rng: np.random.Generator) -> Iterator[DenseMatMul]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from error_share import error_share
 from kernel_call import ELEMENT_TYPES, Call, unwritten
 from kernel_inputs import KINDS, ROWS, WIDTHS, as_type, magnitudes
 
@@ -41,21 +42,22 @@ class GatedActivation:
         outputs = {"y": unwritten((rows, n), np.float32)}
         return Call("qsk_gated_activation", args, {"x": self.x}, outputs, self.workers)
 
-    def check(self, y: np.ndarray) -> None:
+    def check(self, y: np.ndarray) -> float:
         gate, up = np.split(self.x.astype(np.float32), 2, axis=1)
         with np.errstate(all="ignore"):
             if self.activation == "relu2":
                 positive = np.where(gate < 0, np.float32(0), gate)
                 np.testing.assert_array_equal(y, positive * positive * up)
-                return
+                return 0.0
             wide = gate.astype(np.float64)
             silu = (wide * np.where(wide < 0, np.exp(wide), 1) / (1 + np.exp(-np.abs(wide)))).astype(np.float32)
             expected = silu * up
         # Six roundings of half a unit; below e^-87 the weight of a negative gate is 0.
         vanishes = gate < -80
-        np.testing.assert_allclose(y[~vanishes], expected[~vanishes], rtol=6 * 2.0**-23, atol=1e-40)
         with np.errstate(all="ignore"):
             assert not (np.abs(y[vanishes]) > 1e-32 * np.abs(up[vanishes])).any()
+            allowed = 6 * 2.0**-23 * np.abs(expected.astype(np.float64)) + 1e-40
+        return error_share(y[~vanishes], expected[~vanishes], allowed[~vanishes], str(self.x.shape))
 
 
 def cases(rng: np.random.Generator) -> Iterator[GatedActivation]:

@@ -48,10 +48,11 @@ class Gather:
         inputs = {"ids": self.x, "w": nbits.pack_outputs(self.codes, self.bits), "scales": self.scales}
         return Call("qsk_gather_nbits", args, inputs, {"y": unwritten((len(self.x), k), np.float32)}, self.workers)
 
-    def check(self, y: np.ndarray) -> None:
+    def check(self, y: np.ndarray) -> float:
         group_of = np.arange(self.codes.shape[1]) // self.group
         expected = self.codes[self.x] * self.scales[self.x][:, group_of].astype(np.float32)
         np.testing.assert_array_equal(y, expected)
+        return 0.0
 
 
 def cases(rng: np.random.Generator) -> Iterator[Gather]:

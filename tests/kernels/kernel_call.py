@@ -34,8 +34,10 @@ class Case(Protocol):
 
     def call(self) -> Call: ...
 
-    def check(self, *outputs: np.ndarray) -> None:
-        """Asserts that ``outputs``, in the order of the call's, are right."""
+    def check(self, *outputs: np.ndarray) -> float:
+        """Asserts that ``outputs``, in the order of the call's, are right; returns the largest error, as a share of what the
+        definition allows (0: the reference's bits).
+        """
 
 
 def unwritten(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:

@@ -74,8 +74,8 @@ class Kernels:
         assert self.status(call, variant) == 0, case
         return tuple(call.outputs.values())
 
-    def check(self, variant: str, case: Case) -> None:
-        case.check(*self.run(variant, case))
+    def check(self, variant: str, case: Case) -> float:
+        return case.check(*self.run(variant, case))
 
 
 def tool(name: str, package: str) -> str:
@@ -104,6 +104,14 @@ def _spell(call: Call) -> bytes:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """Calls that took more than one thread, and the largest error as a share of what is allowed."""
+
+    threaded: int
+    error_share: float
+
+
+@dataclass(frozen=True)
 class Runner:
     """qsk_runner of one build, with what must come before it on a command line."""
 
@@ -122,11 +130,8 @@ class Runner:
         chosen, supported = done.stdout.splitlines()
         return chosen.split()[1], supported.split()[1:]
 
-    def check(self, variant: str, cases: Sequence[Case], folder: Path) -> int:
-        """Run the cases with a forced variant and compare every result with its reference.
-
-        Returns how many of the calls took more than one thread.
-        """
+    def check(self, variant: str, cases: Sequence[Case], folder: Path) -> Checked:
+        """Run the cases with a forced variant and compare every result with its reference."""
         inputs, results = folder / f"{variant}.calls", folder / f"{variant}.results"
         calls = [case.call() for case in cases]
         with inputs.open("wb") as file:
@@ -134,7 +139,7 @@ class Runner:
         done = self.start(str(inputs), str(results), variant=variant)
         assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
         content = results.read_bytes()
-        offset, threaded = 0, 0
+        offset, threaded, share = 0, 0, 0.0
 
         def take(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
             nonlocal offset
@@ -146,9 +151,10 @@ class Runner:
             status, threads = take((2,), np.int64)
             assert status == 0, case
             threaded += threads > 1
-            case.check(*(take(output.shape, output.dtype) for output in call.outputs.values()))
+            found = case.check(*(take(output.shape, output.dtype) for output in call.outputs.values()))
+            share = max(share, found)
         assert offset == len(content)
-        return threaded
+        return Checked(threaded, share)
 
 
 def build_runner(name: str, *options: str) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from error_share import error_share
 from kernel_call import ELEMENT_TYPES, Call, unwritten
 from kernel_inputs import KINDS, ROWS, as_type, magnitudes
 from topk_cases import topk_reference
@@ -115,7 +116,7 @@ class SparseMatMul:
         inputs = {"x": self.x, "w": self.weights.rows, "scales": self.weights.scales, "n": n}
         return Call("qsk_sparse_matmul", args, inputs, {"y": unwritten((m, n.sum()), self.x.dtype)}, self.workers)
 
-    def check(self, y: np.ndarray) -> None:
+    def check(self, y: np.ndarray) -> float:
         masked = topk_reference(self.x, self.k, self.block, self.rescale).astype(np.float64)
         with np.errstate(invalid="ignore", over="ignore"):
             expected = masked @ self.weights.values.T
@@ -139,10 +140,7 @@ class SparseMatMul:
             65536.0 if y.dtype == np.float16 else np.inf
         )  # what rounds to it and what just does not are neighbours
         found = np.clip(y[~bad].astype(np.float64), -infinity, infinity)
-        with np.errstate(invalid="ignore"):
-            error = np.abs(found - np.clip(rounded, -infinity, infinity))
-        close = (error <= allowed) | (y[~bad] == rounded)
-        assert close.all(), f"{label}: {(error / allowed)[~close].max()} times the allowed error"
+        return error_share(found, np.clip(rounded, -infinity, infinity), allowed, label)
 
 
 def cases(rng: np.random.Generator) -> Iterator[SparseMatMul]:

@@ -67,7 +67,7 @@ class SparseTernary:
             np.ascontiguousarray(np.concatenate(parts, axis=1)) if parts else np.zeros((self.x.shape[1], 0), np.uint8)
         )
 
-    def check(self, y: np.ndarray) -> None:
+    def check(self, y: np.ndarray) -> float:
         masked = topk_reference(self.x, self.k, self.block, self.rescale)
         parts = [
             ternary_reference(masked, weights, scale) for weights, scale in zip(self.matrices, self.scales, strict=True)
@@ -75,6 +75,7 @@ class SparseTernary:
         shapes = [weights.shape for weights in self.matrices]
         expected = np.concatenate(parts, axis=1) if parts else np.zeros((len(self.x), 0), self.x.dtype)
         np.testing.assert_array_equal(y, expected, err_msg=f"{self.x.shape} {shapes} {self.k} {self.workers}")
+        return 0.0
 
 
 def cases(rng: np.random.Generator) -> Iterator[SparseTernary]:

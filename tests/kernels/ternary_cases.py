@@ -57,9 +57,10 @@ class Ternary:
         outputs = {"y": unwritten((m, n), self.x.dtype)}
         return Call("qsk_ternary_matmul", args, {"x": self.x, "w": packed}, outputs, self.workers)
 
-    def check(self, y: np.ndarray) -> None:
+    def check(self, y: np.ndarray) -> float:
         expected = ternary_reference(self.x, self.weights, self.scale)
         np.testing.assert_array_equal(y, expected, err_msg=f"{self.x.shape} {self.weights.shape} {self.workers}")
+        return 0.0
 
 
 def ternary_weights(rng: np.random.Generator, n: int, k: int, kind: str) -> np.ndarray:

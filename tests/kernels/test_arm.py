@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from kernel_cases import some_cases
+from evidence import EMULATED, OP_NAMES, Evidence, Record
+from kernel_cases import OPS, some_cases_of
 from kernel_runs import ROOT, Runner, build_runner, tool
 
 SYSROOT = "/usr/aarch64-linux-gnu"
@@ -19,24 +20,31 @@ def runner_on(cpu: str, program: Path) -> Runner:
     return Runner(program, (tool("qemu-aarch64", "qemu-user (apt)"), "-L", SYSROOT, "-cpu", cpu))
 
 
-def test_without_dot_product(program: Path, tmp_path: Path) -> None:
-    runner = runner_on("cortex-a53", program)
-    assert runner.variants() == ("neon", ["generic", "neon"])
-    for variant in ("generic", "neon"):
-        runner.check(variant, some_cases(), tmp_path)
+CHOSEN = {"cortex-a53": "neon", "cortex-a76": "neondot", "max": "neoni8mm"}
+"""The best variant of each emulated processor."""
 
 
-def test_with_dot_product(program: Path, tmp_path: Path) -> None:
-    runner = runner_on("cortex-a76", program)
-    assert runner.variants() == ("neondot", ["generic", "neon", "neondot"])
-    for variant in ("neon", "neondot"):
-        runner.check(variant, some_cases(), tmp_path)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("cpu", "variant"),
+    [
+        ("cortex-a53", "generic"),
+        ("cortex-a53", "neon"),
+        ("cortex-a76", "neon"),
+        ("cortex-a76", "neondot"),
+        ("max", "neoni8mm"),
+    ],
+)
+def test_cases(cpu: str, variant: str, op: str, program: Path, tmp_path: Path, evidence: Record) -> None:
+    share = runner_on(cpu, program).check(variant, some_cases_of(op), tmp_path).error_share
+    evidence(Evidence(OP_NAMES[op], "C++", variant, EMULATED, f"qemu {cpu}", share))
 
 
-def test_with_matrix_products(program: Path, tmp_path: Path) -> None:
-    runner = runner_on("max", program)
-    assert runner.variants() == ("neoni8mm", ["generic", "neon", "neondot", "neoni8mm"])
-    runner.check("neoni8mm", some_cases(), tmp_path)
+@pytest.mark.parametrize("cpu", CHOSEN)
+def test_the_best_variant_is_chosen(cpu: str, program: Path) -> None:
+    chosen, supported = runner_on(cpu, program).variants()
+    assert chosen == CHOSEN[cpu]
+    assert supported == ["generic", *list(CHOSEN.values())[: list(CHOSEN).index(cpu) + 1]]
 
 
 def test_matrix_products_are_refused_where_they_are_missing(program: Path) -> None:

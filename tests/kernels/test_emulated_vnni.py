@@ -9,7 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from kernel_cases import some_cases
+from evidence import EMULATED, OP_NAMES, Evidence, Record
+from kernel_cases import OPS, some_cases_of
 from kernel_runs import Runner, build_runner, tool
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulation is built from x86 intrinsics")
@@ -22,10 +23,12 @@ def runner() -> Runner:
     return Runner(build_runner("vnni-emulated", "-DQSK_EMULATE_VNNI=ON"))
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("variant", ("avxvnni", "avx512vnni"))
-def test_emulated(runner: Runner, variant: str, tmp_path: Path) -> None:
+def test_emulated(runner: Runner, variant: str, op: str, tmp_path: Path, evidence: Record) -> None:
     assert runner.variants()[0] == "avx512vnni"
-    runner.check(variant, some_cases(), tmp_path)
+    share = runner.check(variant, some_cases_of(op), tmp_path).error_share
+    evidence(Evidence(OP_NAMES[op], "C++", variant, EMULATED, "SIMDe", share))
 
 
 def test_avx_vnni_is_compiled_without_avx512() -> None:

@@ -22,5 +22,5 @@ def test_data_races(tmp_path: Path) -> None:
     runner = Runner(build_runner("tsan", "-DQSK_SANITIZE=thread", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"))
     for variant in runner.variants()[1]:
         for op in set(OPS) - {"gather"}:  # which copies rows on the caller's thread
-            threaded = runner.check(variant, threaded_cases_of(op), tmp_path)
+            threaded = runner.check(variant, threaded_cases_of(op), tmp_path).threaded
             assert threaded >= 3, f"{op}: {threaded} cases took more than one thread"

@@ -69,11 +69,12 @@ class TopK:
         outputs = {"y": unwritten(self.x.shape, self.x.dtype)}
         return Call("qsk_topk_sparsify", args, {"x": self.x}, outputs, self.workers)
 
-    def check(self, y: np.ndarray) -> None:
+    def check(self, y: np.ndarray) -> float:
         expected = topk_reference(self.x, self.k, self.block, self.rescale)
         np.testing.assert_array_equal(y, expected, err_msg=str(self))
         dropped = (y == 0) & (self.x != 0)
         assert self.rescale or not np.signbit(y[dropped]).any(), "what is not kept is +0"
+        return 0.0
 
 
 def cases(rng: np.random.Generator) -> Iterator[TopK]:

@@ -15,7 +15,7 @@ import tvm_ffi.libinfo
 
 COMPILER = "aarch64-linux-gnu-g++"
 SYSROOT = "/usr/aarch64-linux-gnu"
-_TYPE_CODES = {"i": 0, "u": 1, "f": 2}
+_TYPE_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
 """DLPack's."""
 
 
@@ -61,6 +61,12 @@ def build_library(calls: Sequence[HostCall], features: Sequence[str], folder: Pa
     return library
 
 
+def tensor_bytes(array: np.ndarray) -> bytes:
+    """A tensor as the C++ programs read it: DLPack's type code, bits, number of dimensions, dimensions and values."""
+    header = (_TYPE_CODES[array.dtype.kind], 8 * array.dtype.itemsize, array.ndim, *array.shape)
+    return struct.pack(f"<3i{array.ndim}q", *header) + np.ascontiguousarray(array).tobytes()
+
+
 def run(
     host: Path, library: Path, calls: Sequence[HostCall], cpu: str, folder: Path
 ) -> subprocess.CompletedProcess[str]:
@@ -70,8 +76,7 @@ def run(
             name = f"kernel_{i}".encode()
             file.write(struct.pack("<i", len(name)) + name + struct.pack("<i", len(call.inputs) + 1))
             for array in (*call.inputs, np.full(call.shape, np.nan, np.float32)):
-                header = (_TYPE_CODES[array.dtype.kind], 8 * array.dtype.itemsize, array.ndim, *array.shape)
-                file.write(struct.pack(f"<3i{array.ndim}q", *header) + np.ascontiguousarray(array).tobytes())
+                file.write(tensor_bytes(array))
     command = [tool("qemu-aarch64", "qemu-user (apt)"), "-L", SYSROOT, "-cpu", cpu, str(host), str(library)]
     return subprocess.run(
         [*command, str(folder / "calls"), str(folder / "results")], capture_output=True, text=True, check=False

@@ -45,6 +45,12 @@ def kernel_of(case: Product, tiling: Tiling = DEFAULT) -> tuple[Callable[..., An
     return sparse_matmul_nbits, {**selection, "n": weights.outputs, **format_}
 
 
+def op_name(case: Product) -> str:
+    """The ONNX op."""
+    names = {SparseTernary: "SparseTernaryMatMul", SparseMatMul: "SparseMatMulNBits", DenseMatMul: "DenseMatMulNBits"}
+    return names[type(case)]
+
+
 def tensors_of(case: Product) -> tuple[tuple[np.ndarray, ...], tuple[int, int]]:
     """The inputs of the call, and the shape of its result."""
     rows = len(case.x)

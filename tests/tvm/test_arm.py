@@ -4,7 +4,8 @@ import signal
 
 import pytest
 from emulated_host import HostCall, build_host, build_library, results, run
-from product_cases import head_cases, kernel_of, nbits_cases, tensors_of, ternary_cases
+from evidence import EMULATED, Evidence
+from product_cases import head_cases, kernel_of, nbits_cases, op_name, tensors_of, ternary_cases
 
 from qsparse_export.runtimes.tvm.lanes import NEON, NEON_DOT
 
@@ -26,18 +27,18 @@ def host_calls(cases, lanes):
     return calls
 
 
+@pytest.mark.parametrize("cases", [ternary_cases, nbits_cases, head_cases])
 @pytest.mark.parametrize(
     ("lanes", "features", "cpu"), [(NEON, ["neon"], "cortex-a53"), (NEON_DOT, ["neon", "dotprod"], "cortex-a76")]
 )
-def test_cases_of_the_kernels(host, lanes, features, cpu, tmp_path):
-    cases = [*ternary_cases()[::EVERY], *nbits_cases()[::EVERY], *head_cases()[::EVERY]]
-    cases = [case for case in cases if case.x.size < 20_000]
-    assert len(cases) > 20
-    calls = host_calls(cases, lanes)
+def test_cases_of_the_kernels(host, lanes, features, cpu, cases, tmp_path, evidence):
+    found = [case for case in cases() if case.x.size < 20_000][::EVERY]
+    assert len(found) > 5
+    calls = host_calls(found, lanes)
     done = run(host, build_library(calls, features, tmp_path), calls, cpu, tmp_path)
     assert done.returncode == 0, done.stderr
-    for case, y in zip(cases, results(calls, tmp_path), strict=True):
-        case.check(y)
+    share = max(case.check(y) for case, y in zip(found, results(calls, tmp_path), strict=True))
+    evidence(Evidence(op_name(found[0]), "TVM", lanes.name, EMULATED, f"qemu {cpu}", share))
 
 
 def test_a_processor_without_the_dot_product_refuses_it(host, tmp_path):

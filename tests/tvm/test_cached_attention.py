@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import tvm
-from compiled_kernels import LANES, compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prim_func_calls import LANES, compiled
 
 from qsparse_export.ops import cached_attention as op
 from qsparse_export.runtimes.tvm.kernels.cached_attention import KEYS, cached_attention

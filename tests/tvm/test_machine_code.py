@@ -2,6 +2,7 @@
 
 import pytest
 import tvm
+from evidence import COMPILED, Evidence
 
 from qsparse_export.runtimes.tvm.kernels.dense_matmul_nbits import dense_matmul_nbits
 from qsparse_export.runtimes.tvm.kernels.sparse_matmul_nbits import sparse_matmul_nbits
@@ -18,16 +19,21 @@ def assembly(prim_func, processor):
 
 
 @pytest.mark.parametrize(
-    ("prim_func", "instruction"),
+    ("prim_func", "op", "instruction"),
     [
-        (sparse_ternary_matmul(AVX512_VNNI, **SELECTION), "vpdpbusd"),
-        (sparse_matmul_nbits(AVX512_VNNI, **SELECTION, bits=4, group=32), "vpdpwssd"),
-        (dense_matmul_nbits(AVX512_VNNI, n=130, k_in=256, bits=4, group=32, tiling=Tiling(2)), "vpdpwssd"),
+        (sparse_ternary_matmul(AVX512_VNNI, **SELECTION), "SparseTernaryMatMul", "vpdpbusd"),
+        (sparse_matmul_nbits(AVX512_VNNI, **SELECTION, bits=4, group=32), "SparseMatMulNBits", "vpdpwssd"),
+        (
+            dense_matmul_nbits(AVX512_VNNI, n=130, k_in=256, bits=4, group=32, tiling=Tiling(2)),
+            "DenseMatMulNBits",
+            "vpdpwssd",
+        ),
     ],
 )
-def test_avx512_vnni(prim_func, instruction):
+def test_avx512_vnni(prim_func, op, instruction, evidence):
     """vpdpwssd is what LLVM makes of the product of pairs and the addition behind it."""
     assert instruction in assembly(prim_func, "cascadelake")
+    evidence(Evidence(op, "TVM", AVX512_VNNI.name, COMPILED))
 
 
 def test_avx2_has_no_such_instruction():

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from evidence import EXECUTED, Evidence
 from javascript import TESTS, browse, node, printed
 from web_cases import CASES
 
@@ -64,7 +65,7 @@ def by_pytorch(decoder):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", CASES)
-def test_same_greedy_tokens_as_pytorch(traces, by_pytorch, bundle, case, target):
+def test_same_greedy_tokens_as_pytorch(traces, by_pytorch, bundle, case, target, evidence):
     tokens, steady, logits = by_pytorch(case)
     assert len(set(tokens)) > TOKENS // 2  # a model that repeats one token proves little
     assert steady == TOKENS
@@ -75,6 +76,9 @@ def test_same_greedy_tokens_as_pytorch(traces, by_pytorch, bundle, case, target)
     # that something else is computed, such as activations that the runtime rounds to 8 bits of its own accord.
     limit = CEILING if case == "fp16" else bundle(case, "web").manifest["parity"]["limit"]
     assert np.median(errors) <= limit, (np.median(errors), limit)
+    code = {"node": "Node", "web": "Chromium"}[target]
+    share = float(np.median(errors)) / limit
+    evidence(Evidence("whole models", "ONNX Runtime, function bodies", code, EXECUTED, error_share=share))
 
 
 @pytest.mark.parametrize("target", TARGETS)

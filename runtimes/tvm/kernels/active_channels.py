@@ -57,43 +57,54 @@ def load_row(x: Any, row: Any, width: int, lanes: int, out: Any, padded: int) ->
         T.buffer_store(out, const(0.0, "float32"), [i])
 
 
-def select(selection: Selection, lanes: int, values: Any, magnitude: Any, largest: Any) -> None:
-    """Zeroes what ``selection`` drops in ``values`` (float32, padded with zeros); NaN and Inf become 0 too.
+def mask(selection: Selection, lanes: int, values: Any, largest: Any) -> None:
+    """Zeroes what ``selection`` drops in ``values`` (float32, padded with zeros), but for NaN, and rescales the rest.
 
-    ``magnitude`` is scratch of the same size, int32. ``largest[0]`` becomes the largest bit pattern without sign of what
-    is kept: from INFINITY_BITS on, the row holds Inf (or, above it, NaN), and the caller gives a row of NaN.
+    ``largest[0]`` becomes the largest bit pattern without sign of the result: from INFINITY_BITS on, it holds Inf or NaN.
     """
     padded = selection.padded(lanes)
-    _magnitudes(selection, lanes, values, magnitude, largest)
-    if selection.selects and selection.k:
-        with T.serial(0, -(-selection.width // selection.unit)) as unit:
-            _drop(selection, lanes, magnitude, unit * selection.unit)
-    with T.serial(0, padded // lanes) as i:
-        at = ramp(i * lanes, lanes)
-        bits = T.bind(magnitude[at])
-        kept = T.And(bits >= vector(0, "int32", lanes), bits < vector(INFINITY_BITS, "int32", lanes))
-        T.buffer_store(values, T.Select(kept, values[at], vector(0.0, "float32", lanes)), [at])
-    if not selection.k:  # only NaN stays
-        T.buffer_store(largest, T.Select(largest[0] > INFINITY_BITS, largest[0], const(0, "int32")), [0])
+    if selection.selects:
+        magnitude = T.alloc_buffer((padded,), "int32")
+        _magnitudes(selection, lanes, values, magnitude)
+        if selection.k:
+            with T.serial(0, -(-selection.width // selection.unit)) as unit:
+                _drop(selection, lanes, magnitude, unit * selection.unit)
+        with T.serial(0, padded // lanes) as i:
+            at = ramp(i * lanes, lanes)
+            nan = _magnitude_bits(values[at], lanes) > vector(INFINITY_BITS, "int32", lanes)
+            kept = T.Or(magnitude[at] >= vector(0, "int32", lanes), nan)
+            T.buffer_store(values, T.Select(kept, values[at], vector(0.0, "float32", lanes)), [at])
     if selection.rescale == "l2":
-        _rescale(selection, lanes, values, largest)
-
-
-def _magnitudes(selection: Selection, lanes: int, values: Any, magnitude: Any, largest: Any) -> None:
+        _rescale(selection, lanes, values)
     peak = T.alloc_buffer((lanes,), "int32", scope="local")
     fill(peak, 0, lanes, "int32", lanes)
-    with T.serial(0, selection.padded(lanes) // lanes) as i:
-        at = ramp(i * lanes, lanes)
-        bits = T.bind(T.bitwise_and(T.reinterpret(f"int32x{lanes}", values[at]), vector(0x7FFFFFFF, "int32", lanes)))
+    with T.serial(0, padded // lanes) as i:
+        bits = _magnitude_bits(values[ramp(i * lanes, lanes)], lanes)
         T.buffer_store(peak, T.max(peak[ramp(0, lanes)], bits), [ramp(0, lanes)])
-        kept = vector(-1, "int32", lanes) if selection.selects and not selection.k else bits
-        T.buffer_store(magnitude, T.min(kept, vector(INFINITY_BITS, "int32", lanes)), [at])
-    with T.serial(selection.width, selection.padded(lanes)) as i:
-        T.buffer_store(magnitude, const(-1, "int32"), [i])
     result = peak[0]
     for lane in range(1, lanes):
         result = T.max(result, peak[lane])
     T.buffer_store(largest, result, [0])
+
+
+def finite(value: Any, lanes: int) -> Any:
+    """A vector with 0 in the place of NaN and Inf."""
+    bits = _magnitude_bits(value, lanes)
+    return T.Select(bits < vector(INFINITY_BITS, "int32", lanes), value, vector(0.0, "float32", lanes))
+
+
+def _magnitude_bits(value: Any, lanes: int) -> Any:
+    return T.bitwise_and(T.reinterpret(f"int32x{lanes}", value), vector(0x7FFFFFFF, "int32", lanes))
+
+
+def _magnitudes(selection: Selection, lanes: int, values: Any, magnitude: Any) -> None:
+    """Bit patterns that are in the order of the magnitudes, NaN as infinity; -1 where nothing stays, and for the padding."""
+    with T.serial(0, selection.padded(lanes) // lanes) as i:
+        at = ramp(i * lanes, lanes)
+        bits = _magnitude_bits(values[at], lanes) if selection.k else vector(-1, "int32", lanes)
+        T.buffer_store(magnitude, T.min(bits, vector(INFINITY_BITS, "int32", lanes)), [at])
+    with T.serial(selection.width, selection.padded(lanes)) as i:
+        T.buffer_store(magnitude, const(-1, "int32"), [i])
 
 
 def _drop(selection: Selection, lanes: int, magnitude: Any, start: Any) -> None:
@@ -153,19 +164,19 @@ def _count(selection: Selection, lanes: int, magnitude: Any, start: Any, middle:
         add_to(counts, 0, found)
 
 
-def _rescale(selection: Selection, lanes: int, values: Any, largest: Any) -> None:
-    """Divides the row by its norm. A row with Inf or NaN keeps its ``largest``, which says so."""
+def _rescale(selection: Selection, lanes: int, values: Any) -> None:
+    """Divides the row by its norm, floored; a NaN stays one."""
     squares = T.alloc_buffer((lanes,), "float32", scope="local")
     fill(squares, 0, lanes, "float32", lanes)
     with T.serial(0, selection.padded(lanes) // lanes) as i:
         part = T.bind(values[ramp(i * lanes, lanes)])
         add_to(squares, 0, part * part)
-    norm = T.bind(T.max(T.sqrt(total(squares, lanes)), const(NORM_FLOOR, "float32")))
+    norm = T.bind(T.sqrt(total(squares, lanes)))
+    floor = const(NORM_FLOOR, "float32")
+    divisor = T.bind(T.Select(norm < floor, floor, norm))
     with T.serial(0, selection.padded(lanes) // lanes) as i:
         at = ramp(i * lanes, lanes)
-        T.buffer_store(values, values[at] / vector(norm, "float32", lanes), [at])
-    scaled = T.reinterpret("int32", T.reinterpret("float32", largest[0]) / norm)
-    T.buffer_store(largest, T.Select(largest[0] >= INFINITY_BITS, largest[0], scaled), [0])
+        T.buffer_store(values, values[at] / vector(divisor, "float32", lanes), [at])
 
 
 def quantize(padded: int, lanes: int, values: Any, largest: Any, q: Any, facts: Any) -> None:
@@ -179,12 +190,12 @@ def quantize(padded: int, lanes: int, values: Any, largest: Any, q: Any, facts: 
     inverse = T.bind(const(127.0, "float32") / gamma)
     with T.serial(0, padded // lanes) as i:
         at = ramp(i * lanes, lanes)
-        scaled = T.nearbyint(vector(inverse, "float32", lanes) * values[at])
+        scaled = T.nearbyint(vector(inverse, "float32", lanes) * finite(values[at], lanes))
         clipped = T.max(T.min(scaled, vector(127.0, "float32", lanes)), vector(-128.0, "float32", lanes))
         integer = T.bind(T.Cast(f"int32x{lanes}", clipped))
         add_to(sums, 0, integer)
         T.buffer_store(q, T.Cast(f"int8x{lanes}", integer), [at])
-    finite = largest[0] < INFINITY_BITS
-    factor = T.Select(finite, gamma / const(127.0, "float32"), const(float("nan"), "float32"))
+    good = largest[0] < INFINITY_BITS
+    factor = T.Select(good, gamma / const(127.0, "float32"), const(float("nan"), "float32"))
     T.buffer_store(facts, factor, [0])
     T.buffer_store(facts, T.reinterpret("float32", total(sums, lanes)), [1])

@@ -14,11 +14,22 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from qsparse_export.runtimes.tvm.kernels.vectors import exponential, load, splat, store, sum_of_lanes
+from qsparse_export.runtimes.tvm.kernels.vectors import (
+    exponential,
+    largest_lane,
+    load,
+    splat,
+    store,
+    sum_of_lanes,
+    sums_of_lanes,
+)
 from qsparse_export.runtimes.tvm.lanes import Lanes
 
 KEYS = 32
 """Keys of a tile."""
+
+COLUMNS = 8
+"""Vectors of values that are added up side by side: they stay in registers."""
 
 _LOWEST = -3.4028234663852886e38
 
@@ -104,6 +115,7 @@ class _Task:
         query = T.alloc_buffer((group, width), "float32", scope="local")
         scores = T.alloc_buffer((group, KEYS), "float32", scope="local")
         result = T.alloc_buffer((group, width), "float32", scope="local")
+        bound = T.alloc_buffer((KEYS,), "float32", scope="local")
         peak = T.alloc_buffer((group,), "float32", scope="local")
         weight_sum = T.alloc_buffer((group,), "float32", scope="local")
         with T.serial(0, group) as g:
@@ -118,9 +130,11 @@ class _Task:
             seen = T.alloc_buffer((1,), "int32", scope="local")
             T.buffer_store(seen, tirx.const(0, "int32"), [0])
             with T.serial(0, count) as t:
-                T.buffer_store(seen, seen[0] + T.cast(self.visible[b, 0, s, first + t], "int32"), [0])
+                is_visible = T.bind(self.visible[b, 0, s, first + t])
+                T.buffer_store(seen, seen[0] + T.cast(is_visible, "int32"), [0])
+                T.buffer_store(bound, T.Select(is_visible, splat(float("inf"), 1), splat(float("-inf"), 1)), [t])
             with T.If(seen[0] != 0), T.Then():
-                self._score(b, s, head, first, count, query, scores)
+                self._score(b, head, first, count, query, bound, scores)
                 with T.serial(0, group) as g:
                     self._weigh(g, scores, result, peak, weight_sum)
                     self._add_values(b, head, g, first, count, scores, result)
@@ -133,32 +147,45 @@ class _Task:
                 mean = load(result, [g], column, self.vector) / spread
                 store(self.y, mean, [row], (head * group + g) * width + column, self.vector)
 
-    def _score(self, b: Any, s: Any, head: Any, first: Any, count: Any, query: Any, scores: Any) -> None:
+    def _score(self, b: Any, head: Any, first: Any, count: Any, query: Any, bound: Any, scores: Any) -> None:
         """Products of the queries with the keys of a tile, minus infinity for keys that are not there or not visible."""
-        hidden = splat(float("-inf"), 1)
-        with T.serial(0, count) as t:
-            for g in range(self.group):
-                dot = T.alloc_buffer((self.vector,), "float32", scope="local")
-                store(dot, splat(0.0, self.vector), [], 0, self.vector)
-                for i in range(self.width // self.vector):
-                    column = i * self.vector
-                    product = load(query, [g], column, self.vector) * load(
-                        self.key, [b, head, first + t], column, self.vector
-                    )
-                    store(dot, load(dot, [], 0, self.vector) + product, [], 0, self.vector)
-                score = sum_of_lanes(load(dot, [], 0, self.vector), self.vector)
-                T.buffer_store(scores, T.Select(self.visible[b, 0, s, first + t], score, hidden), [g, t])
+        at_once = self.lanes if self.vector == self.lanes else 1
+        blocks = T.bind(T.floordiv(count, at_once))
+        with T.serial(0, blocks) as block, T.serial(0, self.group) as g:
+            self._score_keys(b, head, first, block * at_once, at_once, g, query, bound, scores)
+        if at_once > 1:
+            with T.serial(blocks * at_once, count) as t, T.serial(0, self.group) as g:
+                self._score_keys(b, head, first, t, 1, g, query, bound, scores)
         with T.serial(count, KEYS) as t, T.serial(0, self.group) as g:
-            T.buffer_store(scores, hidden, [g, t])
+            T.buffer_store(scores, splat(float("-inf"), 1), [g, t])
+
+    def _score_keys(
+        self, b: Any, head: Any, first: Any, t: Any, keys: int, g: Any, query: Any, bound: Any, scores: Any
+    ) -> None:
+        """The scores of ``keys`` neighbouring keys, whose sums run side by side."""
+        dots = T.alloc_buffer((keys * self.vector,), "float32", scope="local")
+        for k in range(keys):
+            store(dots, splat(0.0, self.vector), [], k * self.vector, self.vector)
+        for i in range(self.width // self.vector):
+            part = T.bind(load(query, [g], i * self.vector, self.vector))
+            for k in range(keys):
+                product = part * load(self.key, [b, head, first + t + k], i * self.vector, self.vector)
+                store(dots, load(dots, [], k * self.vector, self.vector) + product, [], k * self.vector, self.vector)
+        sums = [load(dots, [], k * self.vector, self.vector) for k in range(keys)]
+        score = T.bind(sum_of_lanes(sums[0], self.vector) if keys == 1 else sums_of_lanes(sums))
+        limit = load(bound, [], t, keys)
+        # What is hidden is minus infinity even where it is NaN, and a NaN that is visible becomes infinity: a row of NaN.
+        store(scores, T.Select(score < limit, score, limit), [g], t, keys)
 
     def _weigh(self, g: Any, scores: Any, result: Any, peak: Any, weight_sum: Any) -> None:
         """Scores of a tile to weights against the largest score so far; what was summed before is brought down to it."""
-        largest = T.alloc_buffer((1,), "float32", scope="local")
-        T.buffer_store(largest, peak[g], [0])
-        with T.serial(0, KEYS) as t:
-            T.buffer_store(largest, T.max(largest[0], scores[g, t]), [0])
-        shrink = T.bind(exponential(peak[g] - largest[0], 1))
-        T.buffer_store(peak, largest[0], [g])
+        vectors = [load(scores, [g], i, self.lanes) for i in range(0, KEYS, self.lanes)]
+        tile_peak = vectors[0]
+        for vector in vectors[1:]:
+            tile_peak = T.max(tile_peak, vector)
+        largest = T.bind(T.max(peak[g], largest_lane(tile_peak, self.lanes)))
+        shrink = T.bind(exponential(peak[g] - largest, 1))
+        T.buffer_store(peak, largest, [g])
         sums = T.alloc_buffer((self.lanes,), "float32", scope="local")
         store(sums, splat(0.0, self.lanes), [], 0, self.lanes)
         with T.serial(0, KEYS // self.lanes) as i:
@@ -176,8 +203,8 @@ class _Task:
     def _add_values(self, b: Any, head: Any, g: Any, first: Any, count: Any, scores: Any, result: Any) -> None:
         """Adds the values of a tile by weight, as many columns at a time as stay in registers."""
         vectors = self.width // self.vector
-        for begin in range(0, vectors, 4):
-            columns = [i * self.vector for i in range(begin, min(begin + 4, vectors))]
+        for begin in range(0, vectors, COLUMNS):
+            columns = [i * self.vector for i in range(begin, min(begin + COLUMNS, vectors))]
             sums = T.alloc_buffer((len(columns) * self.vector,), "float32", scope="local")
             for i, column in enumerate(columns):
                 store(sums, load(result, [g], column, self.vector), [], i * self.vector, self.vector)

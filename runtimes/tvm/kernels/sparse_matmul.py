@@ -12,7 +12,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from qsparse_export.runtimes.tvm.kernels.topk_sparsify import mask_row
+from qsparse_export.runtimes.tvm.kernels.active_channels import Selection, load_row, mask
 from qsparse_export.runtimes.tvm.kernels.vectors import in_vectors, load, splat, splat_int, store
 from qsparse_export.runtimes.tvm.lanes import Lanes
 
@@ -26,6 +26,7 @@ def sparse_matmul(lanes: Lanes, *, k_in: int, n: tuple[int, ...], k: int, block:
     """x float32 [M, k_in], w float32 [k_in, sum(n)] to y float32 [M, sum(n)]."""
     m = tirx.Var("m", "int64")
     outputs = sum(n)
+    selection = Selection(k_in, k, block, rescale)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("sparse_matmul")
         T.func_attr({"tirx.noalias": True})
@@ -33,10 +34,13 @@ def sparse_matmul(lanes: Lanes, *, k_in: int, n: tuple[int, ...], k: int, block:
         w = T.arg("w", T.buffer((k_in, outputs), "float32"))
         y = T.arg("y", T.buffer((m, outputs), "float32"))
         with T.serial(0, m) as row:
-            masked = T.alloc_buffer((max(k_in, 1),), "float32")
+            padded = selection.padded(lanes.floats)
+            masked = T.alloc_buffer((padded,), "float32")
+            largest = T.alloc_buffer((1,), "int32", scope="local")
             channels = T.alloc_buffer((k_in + _CHANNELS,), "int32")
             active = T.alloc_buffer((1,), "int32")
-            mask_row(lanes, x, row, masked, [], k_in, k, block, rescale)
+            load_row(x, row, k_in, lanes.floats, masked, padded)
+            mask(selection, lanes.floats, masked, largest)
             _list_active(masked, channels, active, k_in)
             with T.parallel(0, -(-outputs // TILE)) as tile:
                 _product(lanes, masked, channels, active, w, y, row, tile, outputs)

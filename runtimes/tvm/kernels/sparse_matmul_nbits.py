@@ -15,7 +15,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from qsparse_export.formats import nbits
-from qsparse_export.runtimes.tvm.kernels.active_channels import TILE_CHANNELS, Selection, load_row, select
+from qsparse_export.runtimes.tvm.kernels.active_channels import TILE_CHANNELS, Selection, finite, load_row, mask
 from qsparse_export.runtimes.tvm.kernels.emit import (
     INFINITY_BITS,
     LINE_BYTES,
@@ -134,9 +134,11 @@ def sparse_matmul_nbits(
 
 def _selected_row(product: _Product, x: Any, row: Any, values: Any, largest: Any) -> None:
     lanes, padded = product.lanes.floats, product.padded
-    magnitude = T.alloc_buffer((padded,), "int32")
     load_row(x, row, product.selection.width, lanes, values, padded)
-    select(product.selection, lanes, values, magnitude, largest)
+    mask(product.selection, lanes, values, largest)
+    with T.serial(0, padded // lanes) as i:
+        at = ramp(i * lanes, lanes)
+        T.buffer_store(values, finite(values[at], lanes), [at])
 
 
 def _gemv(product: _Product, x: Any, w: Any, scales: Any, y: Any, row: Any) -> None:

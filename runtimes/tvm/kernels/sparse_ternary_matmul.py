@@ -16,7 +16,7 @@ from tvm.tirx.script.builder import ir as T
 
 from qsparse_export.formats.ternary import row_bytes
 from qsparse_export.runtimes.tvm.kernels import ternary_codes as codes
-from qsparse_export.runtimes.tvm.kernels.active_channels import TILE_CHANNELS, Selection, load_row, quantize, select
+from qsparse_export.runtimes.tvm.kernels.active_channels import TILE_CHANNELS, Selection, load_row, mask, quantize
 from qsparse_export.runtimes.tvm.kernels.emit import LINE_BYTES, add_to, const, fill, fill_rows, prefetch, ramp, vector
 from qsparse_export.runtimes.tvm.lanes import Lanes
 from qsparse_export.runtimes.tvm.tiling import Tiling
@@ -86,10 +86,9 @@ def sparse_ternary_matmul(
 def _quantized_row(product: _Product, x: Any, row: Any, q: Any, facts: Any) -> None:
     lanes, selection, padded = product.lanes.floats, product.selection, product.padded
     values = T.alloc_buffer((padded,), "float32")
-    magnitude = T.alloc_buffer((padded,), "int32")
     largest = T.alloc_buffer((1,), "int32", scope="local")
     load_row(x, row, selection.width, lanes, values, padded)
-    select(selection, lanes, values, magnitude, largest)
+    mask(selection, lanes, values, largest)
     quantize(padded, lanes, values, largest, q, facts)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-LOWEST = -87.33654  # of float32 whose exponential is no subnormal number
+from qsparse_export.runtimes.tvm.kernels.emit import shuffled
+
+LOWEST = -104.0  # its exponential is less than half the smallest float32: 0
 _LOG2_E = 1.44269504088896341
 # ln 2 in two parts: the first has so few digits that its product with an exponent is exact (Cody and Waite).
 _LN2_HIGH = 0.693359375
@@ -37,20 +39,47 @@ def store(buffer: Any, value: Any, row: Sequence[Any], column: Any, lanes: int) 
 
 
 def sum_of_lanes(vector: Any, lanes: int) -> Any:
-    """Sum of all lanes (a power of two), neighbours first far apart: log2(lanes) additions."""
+    """Sum of all lanes (a power of two), the halves first: log2(lanes) additions."""
+    return _by_halves(vector, lanes, lambda low, high: low + high)
+
+
+def largest_lane(vector: Any, lanes: int) -> Any:
+    """The largest of all lanes (a power of two)."""
+    return _by_halves(vector, lanes, T.max)
+
+
+def _by_halves(vector: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> Any:
     while lanes > 1:
         lanes //= 2
         vector = T.bind(vector)
-        low, high = (
-            tirx.Shuffle([vector], [tirx.const(i, "int32") for i in range(start, start + lanes)])
-            for start in (0, lanes)
-        )
-        vector = low + high
+        vector = combine(*(shuffled([vector], list(range(start, start + lanes))) for start in (0, lanes)))
     return vector
 
 
+def sums_of_lanes(vectors: list[Any]) -> Any:
+    """The sums of 4 vectors of 4 lanes, or 8 of 8, as the lanes of one.
+
+    Neighbours of two vectors add up within quarters of a register, which one instruction shuffles: [a0+a1, a2+a3, b0+b1,
+    b2+b3] and so on; then all four of a quarter's vectors; at last, of 8 lanes, the halves.
+    """
+    lanes = len(vectors)
+    vectors = [T.bind(vector) for vector in vectors]
+    for _ in range(2):
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [_neighbours_added(a, b, lanes) for a, b in pairs]
+    if lanes == 4:
+        return vectors[0]
+    low = shuffled(vectors, [0, 1, 2, 3, 8, 9, 10, 11])
+    return low + shuffled(vectors, [4, 5, 6, 7, 12, 13, 14, 15])
+
+
+def _neighbours_added(a: Any, b: Any, lanes: int) -> Any:
+    even = [source + 4 * quarter + lane for quarter in range(lanes // 4) for source in (0, lanes) for lane in (0, 2)]
+    return T.bind(shuffled([a, b], even) + shuffled([a, b], [lane + 1 for lane in even]))
+
+
 def exponential(x: Any, lanes: int) -> Any:
-    """exp(x) of float32 lanes; 0 below :data:`LOWEST`, infinity above 88.7, NaN of NaN."""
+    """exp(x) of float32 lanes, subnormal numbers included; 0 from :data:`LOWEST` down, infinity above 88.7, NaN of NaN."""
     floor = splat(LOWEST, lanes)
     ceiling = splat(89.0, lanes)
     x = T.bind(x)
@@ -62,11 +91,10 @@ def exponential(x: Any, lanes: int) -> Any:
     for coefficient in _POLYNOMIAL[1:]:
         polynomial = polynomial * r + splat(coefficient, lanes)
     integer = T.bind(T.cast(exponent, _typed("int32", lanes)))  # of a NaN: any number, and the product stays NaN
-    # 2^exponent in two factors: 2^128 has no float32.
+    # 2^exponent in two factors: 2^128 and 2^-150 have no float32.
     half = T.bind(T.shift_right(integer, splat_int(1, lanes)))
     result = T.bind(polynomial * r * r + r + splat(1.0, lanes))
-    result = result * _power_of_two(half, lanes) * _power_of_two(integer - half, lanes)
-    return T.bind(T.Select(x < floor, splat(0.0, lanes), result))
+    return T.bind(result * _power_of_two(half, lanes) * _power_of_two(integer - half, lanes))
 
 
 def _power_of_two(exponent: Any, lanes: int) -> Any:
