@@ -1,8 +1,7 @@
 """Where a bundle is measured: the contract, and this machine. Over ssh: :mod:`qsparse_export.bench.remote`.
 
-This is the one place for another way to reach devices, such as TVM's RPC tracker: give it a class with these three
-methods and choose it in ``cli/bench_model.py``. One that can only call functions of a device, and not run a program there,
-implements :class:`qsparse_export.bench.runner.Runner` and lets :func:`qsparse_export.bench.turns.take_turns` do the timing.
+The devices of a TVM RPC tracker: :mod:`qsparse_export.bench.farm`. Another way to reach devices is a class with these three
+methods, chosen in ``cli/bench_model.py``.
 """
 
 from __future__ import annotations

@@ -59,16 +59,17 @@ class SessionCost:
     ``load_ms``: files to a model ready to run, files in the page cache. ``first_run_ms``: the first prompt ever, chosen
     token included; ``ttft_ms``: median of the later ones (both None without a prompt). ``peak_rss_bytes``: all memory
     resident at once at most (interpreter, runtime, file-mapped weights, activations), of which
-    ``rss_before_load_bytes`` were there before the model. ``variants``: native kernel calls of the whole session.
+    ``rss_before_load_bytes`` were there before the model. ``variants``: native kernel calls of the whole session. None: a
+    runner that has no program on the device cannot tell.
     """
 
     mode: Mode
     threads: int
-    load_ms: float
+    load_ms: float | None
     first_run_ms: float | None
     ttft_ms: float | None
-    peak_rss_bytes: int
-    rss_before_load_bytes: int
+    peak_rss_bytes: int | None
+    rss_before_load_bytes: int | None
     variants: NativeCalls
 
 

@@ -62,15 +62,16 @@ class Failed:
 
 def read_reports(paths: Iterable[Path]) -> tuple[Result, ...]:
     """The rows of all files, in order. MeasurementError names the first file that is no report, and what is wrong."""
-    return tuple(result for path in paths for result in _results(path, _read(path)))
+    return tuple(result for path in paths for plain in _read(path) for result in results_of(path, plain))
 
 
 def read_failures(paths: Iterable[Path]) -> tuple[Failed, ...]:
     """What the reports say has failed, in order; raises as :func:`read_reports`."""
-    return tuple(failed for path in paths for failed in _failures(path, _read(path)))
+    return tuple(failed for path in paths for plain in _read(path) for failed in failures_of(path, plain))
 
 
-def _failures(path: Path, plain: Mapping[str, Any]) -> list[Failed]:
+def failures_of(path: Path, plain: Mapping[str, Any]) -> list[Failed]:
+    """What one report says has failed; ``path`` is where it is from."""
     device, model = _names(path, plain)
     return [
         Failed(
@@ -90,7 +91,8 @@ def _names(path: Path, plain: Mapping[str, Any]) -> tuple[str, str]:
     return _label(machine.get("device") or machine.get("cpu") or path.stem), _label(model.get("name") or path.stem)
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path) -> list[Mapping[str, Any]]:
+    """The reports of a file: it is one, or has several as ``reports``, as qsparse-bench BUNDLE --rpc prints them."""
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise MeasurementError(f"{path} has {path.stat().st_size} bytes; a report has a few thousand")
@@ -101,12 +103,16 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise MeasurementError(
             f"{path} is not JSON ({error}); expected what qsparse-bench BUNDLE -o json prints"
         ) from error
-    if not isinstance(plain, dict) or not isinstance(plain.get("rows"), list):
-        raise MeasurementError(f"{path} has no rows; expected what qsparse-bench BUNDLE -o json prints")
-    return plain
+    several = plain.get("reports") if isinstance(plain, dict) else None
+    reports = several if isinstance(several, list) and several else [plain]
+    for report in reports:
+        if not isinstance(report, dict) or not isinstance(report.get("rows"), list):
+            raise MeasurementError(f"{path} has no rows; expected what qsparse-bench BUNDLE -o json prints")
+    return reports
 
 
-def _results(path: Path, plain: Mapping[str, Any]) -> list[Result]:
+def results_of(path: Path, plain: Mapping[str, Any]) -> list[Result]:
+    """The rows of one report, as values; ``path`` is where it is from. MeasurementError says what is wrong with it."""
     device, name = _names(path, plain)
     first_mode = plain["rows"][0].get("mode") if plain["rows"] and isinstance(plain["rows"][0], dict) else None
     costs = {(cost.get("mode"), cost.get("threads")): cost for cost in _tables(plain, "sessions")}

@@ -65,7 +65,7 @@ def measure(bundle: Bundle, plan: Plan, on_step: Callable[[str], object]) -> Mea
             rows += timed
             costs += cost
     return Measurement(
-        model=_model(bundle),
+        model=described(bundle),
         machine=machine.describe(library.open_library() if any(way.native for way in ways) else None),
         repetitions=plan.repetitions,
         rows=tuple(rows),
@@ -110,7 +110,7 @@ def _of_mode(way: _Way, activity: Activity, costs: Sequence[SessionCost]) -> Mod
     )
 
 
-def _model(bundle: Bundle) -> dict[str, Any]:
+def described(bundle: Bundle) -> dict[str, Any]:
     """What tells this bundle from others in a table; values as the manifest has them."""
     manifest = bundle.manifest
     config = manifest["model"]

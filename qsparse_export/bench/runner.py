@@ -6,7 +6,8 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -67,14 +68,73 @@ def local_command(bundle: Path, graph: Path | None, *, native: bool, threads: in
     return (sys.executable, "-P", "-m", "qsparse_export.bench.session_process", json.dumps(request))
 
 
-class ProcessRunner:
-    """Talks with a process in JSON lines; ``name`` says in errors what it runs. Any program that speaks them will do."""
+class Conversation:
+    """Talks with a process in JSON lines; ``name`` says in errors what it runs. Any program that speaks them will do.
 
-    def __init__(self, process: subprocess.Popen[str], name: str) -> None:
+    ``tell`` is told what the process says of its progress while we wait for an answer.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], name: str, tell: Callable[[str], object]) -> None:
+        self.name = name
         self._process = process
-        self._name = name
-        answer = self._read()
-        self._opened = self._of(Opened, answer)
+        self._tell = tell
+        self._timeout_s: float | None = None
+
+    def ask(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to ``command``; raises as :meth:`read`."""
+        with contextlib.suppress(BrokenPipeError):  # it ended; reading says why
+            print(json.dumps(command), file=_pipe(self._process.stdin), flush=True)
+        return self.read()
+
+    def read(self) -> dict[str, Any]:
+        """The next answer; TargetError when there is none, or what the process itself says went wrong."""
+        while True:
+            answer = self._line()
+            if "progress" not in answer:
+                return answer
+            self._tell(str(answer["progress"]))
+
+    @contextlib.contextmanager
+    def within(self, timeout_s: float) -> Iterator[None]:
+        """Ends the process when the block takes longer: whoever waits for an answer is told so."""
+
+        def expire() -> None:
+            self._timeout_s = timeout_s
+            self._process.kill()
+
+        watch = threading.Timer(timeout_s, expire)
+        watch.start()
+        try:
+            yield
+        finally:
+            watch.cancel()
+
+    def _line(self) -> dict[str, Any]:
+        line = _pipe(self._process.stdout).readline()
+        if not line:
+            code = self._process.wait()
+            if self._timeout_s is not None:
+                raise TargetError(
+                    f"{self.name} did not finish in {self._timeout_s:g} s; is it still there? Or give it more"
+                )
+            raise TargetError(f"the process that ran {self.name} ended {_cause(code)}: there is no measurement of it")
+        try:
+            answer = json.loads(line)
+        except ValueError as error:
+            raise TargetError(f"{self.name} answered {line[:200]!r}; expected a line of JSON") from error
+        if not isinstance(answer, dict):
+            raise TargetError(f"{self.name} answered {line[:200]!r}; expected a JSON object")
+        if "error" in answer:
+            raise _error_class(str(answer.get("kind")))(f"{self.name}: {answer['error']}")
+        return answer
+
+
+class ProcessRunner:
+    """The :class:`Runner` of a process that one has a conversation with."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation = conversation
+        self._opened = self._of(Opened, conversation.read())
 
     def opened(self) -> Opened:
         """See :class:`Runner`."""
@@ -82,45 +142,26 @@ class ProcessRunner:
 
     def prefill(self, tokens: int) -> Prefill:
         """See :class:`Runner`."""
-        return self._of(Prefill, self._ask({"prefill": tokens}))
+        return self._of(Prefill, self._conversation.ask({"prefill": tokens}))
 
     def generate(self, tokens: int) -> tuple[float, ...]:
         """See :class:`Runner`."""
-        seconds = self._ask({"generate": tokens}).get("seconds_per_token", ())
+        seconds = self._conversation.ask({"generate": tokens}).get("seconds_per_token", ())
         if len(seconds) != tokens:
-            raise TargetError(f"{self._name} timed {len(seconds)} tokens instead of {tokens}; repair its program")
+            raise TargetError(
+                f"{self._conversation.name} timed {len(seconds)} tokens instead of {tokens}; repair its program"
+            )
         return tuple(map(float, seconds))
 
     def footprint(self) -> Footprint:
         """See :class:`Runner`."""
-        return self._of(Footprint, self._ask({"footprint": True}))
-
-    def _ask(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        with contextlib.suppress(BrokenPipeError):  # it ended; reading says why
-            print(json.dumps(command), file=_pipe(self._process.stdin), flush=True)
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        line = _pipe(self._process.stdout).readline()
-        if not line:
-            raise TargetError(
-                f"the process that ran {self._name} ended {_cause(self._process.wait())}: there is no measurement of it"
-            )
-        try:
-            answer = json.loads(line)
-        except ValueError as error:
-            raise TargetError(f"{self._name} answered {line[:200]!r}; expected a line of JSON") from error
-        if not isinstance(answer, dict):
-            raise TargetError(f"{self._name} answered {line[:200]!r}; expected a JSON object")
-        if "error" in answer:
-            raise _error_class(str(answer.get("kind")))(f"{self._name}: {answer['error']}")
-        return answer
+        return self._of(Footprint, self._conversation.ask({"footprint": True}))
 
     def _of(self, cls: Any, answer: Mapping[str, Any]) -> Any:
         try:
             return cls(**answer)
         except TypeError as error:
-            raise TargetError(f"{self._name} answered {sorted(answer)}; {error}") from error
+            raise TargetError(f"{self._conversation.name} answered {sorted(answer)}; {error}") from error
 
 
 def _error_class(name: str) -> type[QSparseError]:
@@ -142,12 +183,21 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
 @contextlib.contextmanager
 def process_runner(command: Sequence[str], name: str) -> Iterator[ProcessRunner]:
     """Starts ``command`` and speaks with it; it is ended when the block ends, however that happens."""
+    with conversation(command, name) as talk:
+        yield ProcessRunner(talk)
+
+
+@contextlib.contextmanager
+def conversation(
+    command: Sequence[str], name: str, tell: Callable[[str], object] = lambda _: None
+) -> Iterator[Conversation]:
+    """Starts ``command``, to be talked with; it is ended when the block ends, however that happens."""
     try:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     except OSError as error:
         raise TargetError(f"cannot start {command[0]}: {error.strerror}") from error
     try:
-        yield ProcessRunner(process, name)
+        yield Conversation(process, name, tell)
     except BaseException:
         process.kill()
         raise

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qsparse_export.cli import bench_remote
+from qsparse_export.cli import bench_remote, bench_rpc
+from qsparse_export.cli.bench_progress import Progress
 from qsparse_export.cli.console import print_json, say
 from qsparse_export.errors import MeasurementError, QSparseError, UsageError
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from qsparse_export.bench.measurement import Measurement, Mode
     from qsparse_export.bench.plan import Plan
     from qsparse_export.bundle import Bundle
@@ -33,9 +32,14 @@ examples
   qsparse-bench smollm2 -o json > smollm2.json
   qsparse-bench bitnet --roofline                             what an H100, an A100, a 4090 or an Orin could do at best
   qsparse-bench --remote pi@raspberrypi smollm2-pi --device "Pi 5" -o json > pi5.json
+  qsparse-bench --rpc 127.0.0.1:9190 --key pi5 smollm2-tvm    on every device that a TVM RPC tracker has as "pi5"
 
 --remote needs a bundle that was exported for that device with --with-bench, ssh here and a login there that asks nothing.
 It copies what it needs into a new folder in the login's home, runs qsparse-device-bench, and removes the folder again.
+
+--rpc needs a bundle of --runtime tvm and servers of TVM's RPC on the devices, which are measured one after the other and
+timed by their own clocks; one that fails has a row that says so. RPC executes whatever anybody sends, in clear text: use
+it on loopback and trusted networks only.
 
 Tests are named as in llama-bench: pp512 is the prefill of 512 tokens at once, tg128 the generation of 128 tokens one by
 one from an empty cache. Each runs once without counting, then -r times: mean ± standard deviation of tokens per second;
@@ -48,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line of ``qsparse-bench BUNDLE``."""
     made = argparse.ArgumentParser(
         prog="qsparse-bench",
-        usage="qsparse-bench [--remote USER@HOST] BUNDLE [options] | kernels [options] | report FILE.json...",
+        usage="qsparse-bench [--remote USER@HOST | --rpc HOST:PORT] BUNDLE [options] | kernels [options] | report FILE.json...",
         description="Measures a bundle that qsparse-export wrote: speed, memory, and how sparse it really is.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -72,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", metavar="NAME", help="what to call this machine in merged reports")
     made.add_argument("-o", "--output", choices=FORMATS, default="md", help="format (default md)")
     bench_remote.add_options(made)
+    bench_rpc.add_options(made)
     return made
 
 
@@ -92,6 +97,7 @@ def command(argv: Sequence[str]) -> None:
         _roofline(arguments)
         return
     bench_remote.require_consistent(arguments)
+    bench_rpc.require_consistent(arguments)
     from tqdm import tqdm
 
     from qsparse_export.bench import model_report
@@ -99,10 +105,15 @@ def command(argv: Sequence[str]) -> None:
     from qsparse_export.bundle import Bundle
 
     bundle = Bundle.load(arguments.bundle)
+    if arguments.rpc:
+        bench_rpc.require_bundle(bundle)
     plan = _plan(arguments, bundle)
     with tqdm(disable=None, leave=False) as bar:
+        if arguments.rpc:
+            bench_rpc.measure(arguments, bundle, plan, Progress(bar))
+            return
         try:
-            measured = _measure(arguments, bundle, plan, bar)
+            measured = _measure(arguments, bundle, plan, Progress(bar))
         except QSparseError as error:
             if arguments.output == "json":  # one of many devices: a merged report marks it as failed
                 machine = {"device": arguments.device or arguments.remote or "this machine"}
@@ -127,7 +138,13 @@ def _roofline(arguments: argparse.Namespace) -> None:
     from qsparse_export.bench.roofline import roofline, spell
     from qsparse_export.bundle import Bundle
 
-    if arguments.remote or arguments.dense or arguments.no_native or arguments.output not in ("md", "json"):
+    if (
+        arguments.remote
+        or arguments.rpc
+        or arguments.dense
+        or arguments.no_native
+        or arguments.output not in ("md", "json")
+    ):
         raise UsageError("--roofline measures nothing: it goes with -o md or -o json alone")
     bundle = Bundle.load(arguments.bundle)
     bundle.decoder_shape()  # of a decoder, or refused
@@ -143,7 +160,7 @@ def _plan(arguments: argparse.Namespace, bundle: Bundle) -> Plan:
     from qsparse_export.bench.device import LocalDevice
     from qsparse_export.bench.plan import Plan, check
 
-    find_modes = _remote_modes if arguments.remote else _modes
+    find_modes = _remote_modes if arguments.remote or arguments.rpc else _modes
     plan = Plan(
         prompts=tuple(count for count in arguments.prompt if count),
         generations=tuple(count for count in arguments.gen if count),
@@ -155,20 +172,8 @@ def _plan(arguments: argparse.Namespace, bundle: Bundle) -> Plan:
     return plan
 
 
-def _measure(arguments: argparse.Namespace, bundle: Bundle, plan: Plan, bar: tqdm) -> Measurement:
+def _measure(arguments: argparse.Namespace, bundle: Bundle, plan: Plan, progress: Progress) -> Measurement:
     from qsparse_export.bench.device import Device, LocalDevice
-
-    def tell(text: str) -> None:
-        if text.startswith("note: "):
-            bar.clear()
-            say(text)
-        else:
-            bar.set_postfix_str(text)
-
-    def step(name: str) -> None:
-        bar.set_postfix_str("", refresh=False)
-        bar.set_description_str(name)
-        bar.update()
 
     device: Device = LocalDevice()
     where = ""
@@ -176,13 +181,11 @@ def _measure(arguments: argparse.Namespace, bundle: Bundle, plan: Plan, bar: tqd
         from qsparse_export.bench.remote import files_to_copy
 
         files_to_copy(bundle, plan)  # a bundle that lacks any is refused before anybody is asked
-        device = bench_remote.connected(arguments, tell)
+        device = bench_remote.connected(arguments, progress.tell)
         plan = replace(plan, threads=tuple(arguments.threads or [device.cores()]))
         where = f" on {arguments.remote}"
-    bar.clear()
-    say(f"measuring {bundle.path}{where}: {', '.join(plan.modes)}")
-    bar.reset(device.steps(bundle, plan))
-    return device.measure(bundle, plan, step)
+    progress.begin(device.steps(bundle, plan), f"measuring {bundle.path}{where}: {', '.join(plan.modes)}")
+    return device.measure(bundle, plan, progress.step)
 
 
 def _remote_modes(bundle: Bundle, *, dense: bool, no_native: bool) -> tuple[Mode, ...]:

@@ -30,17 +30,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     far.add_argument("--unchecked", action="store_true", help="measure a bundle that records no tokens to check")
     far.add_argument(
-        "--timeout", type=float, metavar="S", help="seconds for copying, and again for measuring (default 3600)"
+        "--timeout",
+        type=float,
+        metavar="S",
+        help="seconds for copying, and again for measuring; with --rpc for all that a device does (default 3600)",
     )
 
 
 def require_consistent(arguments: argparse.Namespace) -> None:
     """UsageError when something is said about another machine and none is named, or can never come to pass."""
     if arguments.remote is None:
-        for name in ("ssh_option", "onnxruntime", "remote_folder", "unchecked", "timeout"):
+        for name in (
+            "ssh_option",
+            "onnxruntime",
+            "remote_folder",
+            "unchecked",
+            *(() if arguments.rpc else ("timeout",)),
+        ):
             if getattr(arguments, name):
                 raise UsageError(f"--{name.replace('_', '-')} needs --remote USER@HOST: nothing is measured elsewhere")
-    elif arguments.timeout is not None and not arguments.timeout > 0:
+    if arguments.timeout is not None and not arguments.timeout > 0:
         raise UsageError(f"--timeout {arguments.timeout:g}; expected seconds, more than 0")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -64,8 +65,13 @@ def use_threads(count: int | None) -> None:
             "or choose fewer"
         )
     if getattr(_used, "threads", None) != wanted:
-        tvm().get_global_func("runtime.config_threadpool")(_SHARE_ALL_CORES, wanted)
+        configure_pool(tvm().get_global_func("runtime.config_threadpool"), wanted)
         _used.threads = wanted
+
+
+def configure_pool(config_threadpool: Callable[[int, int], object], count: int) -> None:
+    """Calls ``config_threadpool``, TVM's function of that name here or on a device, for ``count`` threads."""
+    config_threadpool(_SHARE_ALL_CORES, count)
 
 
 _used = threading.local()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
+    from qsparse_export.runtimes.tvm.machine import RemoteMachine
     from qsparse_export.runtimes.tvm.session import Program, TvmSession
     from qsparse_export.targets.target import Target
 
@@ -115,6 +116,7 @@ class TvmRuntime:
         machine's, or was compiled elsewhere and is not trusted (:mod:`~qsparse_export.runtimes.tvm.made_here`).
         """
         environment.require_tvm()
+        from qsparse_export.runtimes.tvm.machine import LocalMachine
         from qsparse_export.runtimes.tvm.session import Program, TvmSession
 
         if not native:
@@ -128,10 +130,27 @@ class TvmRuntime:
         if as_compiled and not taps and not self.rebuild:
             _require_module(folder / MODULE, here)
             made_here.require_trust(folder / MODULE)
-            return TvmSession(folder / MODULE, program, weights, variant, threads)
+            return TvmSession(LocalMachine(folder / MODULE, program.weights, weights, threads), program, variant)
         with tempfile.TemporaryDirectory(prefix="qsparse-tvm-") as scratch:
             _build(program, here, DefaultTilings(cores_of(here)), Path(scratch) / MODULE)
-            return TvmSession(Path(scratch) / MODULE, program, weights, variant, threads)
+            machine = LocalMachine(Path(scratch) / MODULE, program.weights, weights, threads)
+            return TvmSession(machine, program, variant)
+
+    def open_remote(
+        self, folder: Path, remote: Any, lanes: str, on_bytes: Callable[[int, int], object]
+    ) -> tuple[TvmSession, RemoteMachine]:
+        """Loads ``folder/model.so``, compiled for ``lanes``, on the device of TVM's RPC session ``remote``; with the clock
+        of that device. ``on_bytes`` is told how many bytes of the weights are there, and of how many.
+
+        Raises as :class:`~qsparse_export.runtimes.tvm.machine.RemoteMachine` does.
+        """
+        environment.require_tvm()
+        from qsparse_export.runtimes.tvm.machine import RemoteMachine
+        from qsparse_export.runtimes.tvm.session import Program, TvmSession
+
+        program = Program.of(_read(folder / GRAPH), folder)
+        machine = RemoteMachine(remote, folder / MODULE, program.weights, folder / WEIGHTS, on_bytes)
+        return TvmSession(machine, program, f"tvm-{lanes}"), machine
 
 
 def _build(program: Program, target: Target, tilings: Tilings, file: Path) -> None:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from qsparse_export.errors import BundleError, ExportError, UsageError
+from qsparse_export.errors import ExportError, UsageError
 from qsparse_export.runtimes.base import NativeCalls
-from qsparse_export.runtimes.tvm import environment
+from qsparse_export.runtimes.tvm.machine import Machine
 from qsparse_export.runtimes.tvm.prologue import Cut, cut
-from qsparse_export.runtimes.tvm.tensors import aligned_zeros, copied, over
-from qsparse_export.runtimes.tvm.weights import Weight, mapped, weights_of
+from qsparse_export.runtimes.tvm.weights import Weight, weights_of
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -80,17 +79,11 @@ class Program:
 class TvmSession:
     """A Relax virtual machine with its weights. Tensors are TVM's; a cache with room is written in place."""
 
-    def __init__(self, library: Path, program: Program, weights: Path, variant: str, threads: int | None) -> None:
-        """``library`` is the compiled module of ``program``, ``weights`` the file that its weights lie in."""
-        self._tvm = environment.tvm()
-        self._threads = threads
+    def __init__(self, machine: Machine, program: Program, variant: str) -> None:
+        """``machine`` has the compiled module of ``program`` and its weights; ``variant`` names its kernels."""
+        self._machine = machine
         self._program = program
         self._variant = variant
-        self._runs = 0
-        environment.use_threads(threads)
-        machine = self._tvm.relax.VirtualMachine(self._tvm.runtime.load_module(str(library)), self._tvm.cpu())
-        self._main = machine["main"]
-        self._weights = mapped(program.weights, weights)
         self._prologue = _open_prologue(program.cut.prologue) if program.cut.made else None
         self._taken = tuple(value.name for value in program.cut.rest.graph.input)
         self.input_names = program.input_names
@@ -104,7 +97,6 @@ class TvmSession:
         tokens, is.
         """
         results = results or {}
-        environment.use_threads(self._threads)
         values = {name: self._tensor(value) for name, value in feeds.items()}
         values |= self._positions(feeds)
         in_place = {c.made for c in self._program.caches if c.made in results and results[c.made] is feeds[c.given]}
@@ -117,21 +109,13 @@ class TvmSession:
                     f"{cache.given} has room for {values[cache.given].shape[2]} tokens and is to hold {total}; feed a larger "
                     "one, or do not name it among the results"
                 )
-        try:
-            made = self._main(*(values[name] for name in self._taken), *self._weights)
-        except (RuntimeError, TypeError, ValueError) as error:  # TVM's own errors have no common base
-            raise BundleError(
-                f"the compiled module does not take what the graph gives it: {error}; feed what the graph's inputs say, or "
-                "export the bundle again"
-            ) from error
-        self._runs += 1
+        made = self._machine.call([values[name] for name in self._taken])
         outputs = dict(results)
         for number, name in enumerate(self.output_names):
-            if (
-                name in in_place
-            ):  # taking a tensor out of what TVM returns takes microseconds, and there are 60 of these
+            # Taking a tensor out of what TVM returns takes microseconds, and there are 60 of these.
+            if name in in_place and not self._machine.copies_inputs:
                 continue
-            value = made[number] if len(self.output_names) > 1 else made
+            value = made[number]
             if name in results:
                 results[name].copyfrom(value)
             else:
@@ -140,7 +124,7 @@ class TvmSession:
 
     def to_tensor(self, array: np.ndarray) -> Any:
         """See :class:`qsparse_export.runtimes.base.Session`."""
-        return copied(array)
+        return self._machine.tensor(array)
 
     def to_numpy(self, tensor: Any) -> np.ndarray:
         """See :class:`qsparse_export.runtimes.base.Session`."""
@@ -148,9 +132,9 @@ class TvmSession:
 
     def native_calls(self) -> NativeCalls:
         """See :class:`qsparse_export.runtimes.base.Session`: a compiled module has no other way to run an op of ours."""
-        if not self._runs:
+        if not self._machine.runs:
             return {}
-        return {name: {self._variant: nodes * self._runs} for name, nodes in self._program.native_nodes.items()}
+        return {name: {self._variant: nodes * self._machine.runs} for name, nodes in self._program.native_nodes.items()}
 
     def _tensor(self, value: Any) -> Any:
         return self.to_tensor(value) if isinstance(value, np.ndarray) else value
@@ -171,9 +155,9 @@ class TvmSession:
         """``cache`` [B, heads, C, D] in a new tensor of max(C, total) tokens; what was not filled is 0."""
         old = self.to_numpy(cache)
         batch, heads, room, width = old.shape
-        new = aligned_zeros((batch, heads, max(room, total), width), old.dtype)
+        new = np.zeros((batch, heads, max(room, total), width), old.dtype)
         new[:, :, :room] = old
-        return over(new)
+        return self.to_tensor(new)
 
 
 def _open_prologue(prologue: onnx.ModelProto) -> onnxruntime.InferenceSession:

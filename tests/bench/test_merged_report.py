@@ -129,6 +129,9 @@ def test_plots_without_matplotlib_name_the_extra(reports, tmp_path, capsys, monk
         ({"rows": [ROW | {"tokens_per_s_mean": float("nan")}]}, "tokens_per_s_mean is nan"),
         ({"rows": [ROW], "load_ms": "slow"}, "load_ms is 'slow'"),
         ({"rows": [ROW], "density": {"a": "half"}}, "density is 'half'"),
+        ({"reports": []}, "no rows"),
+        ({"reports": [{"rows": [ROW]}, [ROW]]}, "no rows"),
+        ({"reports": [{"rows": [ROW]}, {"rows": [ROW | {"test": "_x"}]}]}, "row 1: test is '_x'"),
     ],
 )
 def test_what_is_no_report_is_refused(tmp_path, plain, words):

@@ -146,7 +146,7 @@ def test_a_missing_program_is_named(tmp_path):
 def test_the_process_ends_with_the_block_whatever_happens():
     forever = program(OPEN + "import time\nwhile True: time.sleep(1)")
     with pytest.raises(KeyboardInterrupt), process_runner(forever, "board") as runner:
-        process = runner._process
+        process = runner._conversation._process
         raise KeyboardInterrupt
     assert process.returncode == -9
 

@@ -26,30 +26,48 @@ def free_port() -> int:
 @contextlib.contextmanager
 def farm(keys: list[str]) -> Iterator[Tracker]:
     """A tracker with a server for each of ``keys``; the Tracker names the first."""
-    tracker = Tracker("127.0.0.1", free_port(), keys[0])
-    address = f"{tracker.host}:{tracker.port}"
-    with contextlib.ExitStack() as running:
-        ports = ("--port", str(tracker.port), "--port-end", str(tracker.port + 1))
-        running.enter_context(_process("rpc_tracker", "--host", tracker.host, *ports))
-        _wait(lambda: tracker.connect())
-        for key in keys:
-            running.enter_context(_process("rpc_server", "--host", tracker.host, "--tracker", address, "--key", key))
-        for key in set(keys):
-            _wait(lambda key=key: _require(Tracker(tracker.host, tracker.port, key), keys.count(key)))
+    with mortal_farm(keys) as (tracker, _):
         yield tracker
 
 
 @contextlib.contextmanager
-def _process(module: str, *arguments: str) -> Iterator[None]:
+def mortal_farm(keys: list[str]) -> Iterator[tuple[Tracker, dict[str, int]]]:
+    """As :func:`farm`; with the process group of the server at each "host:port", by which a test ends it."""
+    tracker = Tracker("127.0.0.1", free_port(), keys[0])
+    groups = {}
+    address = f"{tracker.host}:{tracker.port}"
+    with contextlib.ExitStack() as running:
+        ports = ("--port", str(tracker.port), "--port-end", str(tracker.port + 1))
+        running.enter_context(_process("rpc_tracker", "--host", tracker.host, *ports))
+        _wait(lambda: _require_listener(tracker))
+        for key in keys:
+            port = free_port()
+            ports = ("--port", str(port), "--port-end", str(port + 1))
+            server = _process("rpc_server", "--host", tracker.host, *ports, "--tracker", address, "--key", key)
+            groups[f"{tracker.host}:{port}"] = running.enter_context(server)
+        for key in set(keys):
+            _wait(lambda key=key: _require(Tracker(tracker.host, tracker.port, key), keys.count(key)))
+        yield tracker, groups
+
+
+@contextlib.contextmanager
+def _process(module: str, *arguments: str) -> Iterator[int]:
     command = [sys.executable, "-P", "-m", f"tvm.exec.{module}", *arguments]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, start_new_session=True, **quiet)
     try:
-        yield
+        yield process.pid
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _require_listener(tracker: Tracker) -> None:
+    try:
+        socket.create_connection((tracker.host, tracker.port), 1).close()
+    except OSError as error:
+        raise TargetError("the tracker is not there yet") from error
 
 
 def _require(tracker: Tracker, count: int) -> None:

@@ -1,0 +1,151 @@
+"""Where a compiled module runs: in this process, or on a device behind TVM's RPC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from qsparse_export.errors import BundleError, TargetError
+from qsparse_export.runtimes.tvm import environment
+from qsparse_export.runtimes.tvm.tensors import copied
+from qsparse_export.runtimes.tvm.weights import Weight, mapped
+
+
+class Machine(Protocol):
+    """A Relax virtual machine with the weights of a module. ``runs`` counts how often its graph ran.
+
+    ``copies_inputs``: what a run writes over is a copy of the tensor that it was given.
+    """
+
+    runs: int
+    copies_inputs: bool
+
+    def tensor(self, array: np.ndarray) -> Any:
+        """``array`` as a tensor there."""
+        ...
+
+    def call(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """Runs the graph once on tensors of :meth:`tensor`, in the order of its inputs; its outputs."""
+        ...
+
+
+class LocalMachine:
+    """This process. See :class:`Machine`."""
+
+    copies_inputs = False
+
+    def __init__(self, library: Path, weights: tuple[Weight, ...], file: Path, threads: int | None) -> None:
+        """``library`` is the compiled module, ``file`` what its weights lie in."""
+        self._tvm = environment.tvm()
+        self._threads = threads
+        self.runs = 0
+        environment.use_threads(threads)
+        machine = self._tvm.relax.VirtualMachine(self._tvm.runtime.load_module(str(library)), self._tvm.cpu())
+        self._main = machine["main"]
+        self._weights = mapped(weights, file)
+
+    def tensor(self, array: np.ndarray) -> Any:
+        """See :class:`Machine`."""
+        return copied(array)
+
+    def call(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """See :class:`Machine`; BundleError for inputs that the module does not take."""
+        environment.use_threads(self._threads)
+        try:
+            made = self._main(*inputs, *self._weights)
+        except (RuntimeError, TypeError, ValueError) as error:  # TVM's own errors have no common base
+            raise BundleError(
+                f"the compiled module does not take what the graph gives it: {error}; feed what the graph's inputs say, or "
+                "export the bundle again"
+            ) from error
+        self.runs += 1
+        return (made,) if isinstance(made, self._tvm.runtime.Tensor) else made
+
+
+class RemoteMachine:
+    """A device behind an RPC session. See :class:`Machine`. What TVM raises when the device goes away is passed on.
+
+    Over RPC a virtual machine copies every tensor that it is given. So the weights are bound to its function once, as its
+    last arguments, and the tensors that they came in let go; a run binds its inputs first, outside of what is timed.
+    """
+
+    copies_inputs = True
+
+    def __init__(
+        self,
+        remote: Any,
+        library: Path,
+        weights: tuple[Weight, ...],
+        file: Path,
+        on_bytes: Callable[[int, int], object],
+    ) -> None:
+        """``remote`` is a TVM RPCSession; ``on_bytes`` is told how many bytes of how many are there.
+
+        TargetError when the device cannot load the module. While the weights are bound they are there twice.
+        """
+        self._tvm = environment.tvm()
+        self._device = remote.cpu(0)
+        self._item = remote.get_function("ffi.ArrayGetItem")
+        self._size = remote.get_function("ffi.ArraySize")
+        self.runs = 0
+        remote.upload(bytearray(library.read_bytes()), target=library.name)
+        try:
+            module = remote.load_module(library.name)
+        except RuntimeError as error:
+            raise TargetError(
+                f"the device cannot load {library.name}: {str(error).strip().splitlines()[-1]}; export the bundle with the "
+                "--target of that device"
+            ) from error
+        self._machine = self._tvm.relax.VirtualMachine(module, self._device)
+        self._machine.save_function("main", "weighted", *self._sent(weights, file, on_bytes))
+
+    def tensor(self, array: np.ndarray) -> Any:
+        """See :class:`Machine`."""
+        return self._tvm.runtime.tensor(np.ascontiguousarray(array), self._device)
+
+    def call(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """See :class:`Machine`."""
+        self._machine.save_function("weighted", "step", *inputs)
+        made = self._machine.module["step"]()
+        self.runs += 1
+        if isinstance(made, self._tvm.runtime.Tensor):
+            return (made,)
+        return tuple(self._item(made, number) for number in range(self._size(made)))
+
+    def seconds(self, repetitions: int) -> tuple[float, ...]:
+        """Does the last run again, once unmeasured and so often measured: the seconds of each, by the device's own clock.
+
+        The same tokens are written to the same places of the caches, so that every one is the same work.
+        """
+        timed = self._machine.module.time_evaluator("step", self._device, number=1, repeat=repetitions)()
+        self.runs += repetitions + 1
+        return tuple(map(float, timed.results))
+
+    def _sent(self, weights: tuple[Weight, ...], file: Path, on_bytes: Callable[[int, int], object]) -> list[Any]:
+        total, sent = sum(weight.size_bytes for weight in weights), 0
+        tensors = []
+        for weight, here in zip(weights, mapped(weights, file), strict=True):
+            there = self._tvm.runtime.empty(weight.shape, weight.dtype, self._device)
+            there.copyfrom(here)
+            tensors.append(there)
+            sent += weight.size_bytes
+            on_bytes(sent, total)
+        return tensors
+
+
+def use_threads(remote: Any, count: int) -> None:
+    """Lets what an RPC session runs use ``count`` threads; TargetError where its pool has fewer."""
+    environment.configure_pool(remote.get_function("runtime.config_threadpool"), count)
+    if (most := threads_of(remote)) != count:
+        raise TargetError(
+            f"{count} threads, and the device's pool has {most}: start its server with TVM_NUM_THREADS={count} in the "
+            "environment, or choose fewer"
+        )
+
+
+def threads_of(remote: Any) -> int:
+    """The threads that an RPC session runs with."""
+    return int(remote.get_function("runtime.NumThreads")())
