@@ -7,15 +7,13 @@ the codes add up in integers; a sum becomes a float once per such run. Many rows
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from qsparse_export.formats import nbits
-from qsparse_export.runtimes.tvm.kernels.active_channels import TILE_CHANNELS, Selection, finite, load_row, mask
+from qsparse_export.runtimes.tvm.kernels.active_channels import Selection
 from qsparse_export.runtimes.tvm.kernels.emit import (
     INFINITY_BITS,
     LINE_BYTES,
@@ -28,71 +26,22 @@ from qsparse_export.runtimes.tvm.kernels.emit import (
     shuffled,
     vector,
 )
+from qsparse_export.runtimes.tvm.kernels.nbits_gemm import gemm
+from qsparse_export.runtimes.tvm.kernels.nbits_product import (
+    BLOCK_BYTES,
+    RUN_CHANNELS,
+    WORDS,
+    NbitsProduct,
+    selected_row,
+    store_row,
+)
 from qsparse_export.runtimes.tvm.lanes import Lanes
 from qsparse_export.runtimes.tvm.tiling import Tiling
 
 GEMM_ROWS = 8
-RUN_CHANNELS = 128
-"""Products of so many unsigned 8-bit codes and int16 activations add up in int32."""
-WORDS = nbits.WORDS
-BLOCK_BYTES = 4 * WORDS
 LARGEST_INT16 = 32767.0
-ROWS_AT_ONCE = 4
-
-
-@dataclass(frozen=True)
-class _Product:
-    """The sizes of one node; ``parts`` work side by side, each on its own columns."""
-
-    lanes: Lanes
-    selection: Selection
-    n: tuple[int, ...]
-    bits: int
-    group: int
-    parts: int
-
-    @property
-    def columns(self) -> int:
-        return sum(nbits.columns(outputs) for outputs in self.n)
-
-    @property
-    def bytes(self) -> int:
-        return self.columns * self.bits // 8
-
-    @property
-    def planes(self) -> int:
-        return 32 // self.bits
-
-    @property
-    def block_outputs(self) -> int:
-        return WORDS * self.planes
-
-    @property
-    def blocks(self) -> int:
-        return self.bytes // BLOCK_BYTES
-
-    @property
-    def groups(self) -> int:
-        return nbits.group_count(self.selection.width, self.group)
-
-    @property
-    def runs_per_group(self) -> int:
-        return -(-min(self.group, self.selection.width) // RUN_CHANNELS)
-
-    @property
-    def padded(self) -> int:
-        return self.selection.padded(self.lanes.floats)
-
-    @property
-    def bias(self) -> int:
-        """What makes a signed code unsigned."""
-        return 1 << self.bits - 1
-
-    @property
-    def biases(self) -> int:
-        """The bit to flip in each code of a word, for that: an int32 pattern."""
-        pattern = int.from_bytes(bytes([0x88 if self.bits == 4 else 0x80] * 4), "little")
-        return pattern - (1 << 32)
+SMALLEST_PEAK = 1e-35
+"""Below it activations count as zero."""
 
 
 def sparse_matmul_nbits(
@@ -112,7 +61,7 @@ def sparse_matmul_nbits(
     M is dynamic; ``columns`` is the sum of ``formats.nbits.columns(n)``. Within the bound of the op. Of the
     tiling, only the parts count: they share the columns.
     """
-    product = _Product(lanes, Selection(k_in, k, block, rescale), tuple(n), bits, group, tiling.parts)
+    product = NbitsProduct(lanes, Selection(k_in, k, block, rescale), tuple(n), bits, group, tiling.parts)
     rows = tirx.Var("rows", "int64")
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("sparse_matmul_nbits")
@@ -128,20 +77,11 @@ def sparse_matmul_nbits(
                 with T.Then(), T.serial(0, rows) as row:
                     _gemv(product, x, w, scales, y, row)
                 with T.Else():
-                    _gemm(product, x, w, scales, y, rows)
+                    gemm(product, x, w, scales, y, rows)
     return builder.get()
 
 
-def _selected_row(product: _Product, x: Any, row: Any, values: Any, largest: Any) -> None:
-    lanes, padded = product.lanes.floats, product.padded
-    load_row(x, row, product.selection.width, lanes, values, padded)
-    mask(product.selection, lanes, values, largest)
-    with T.serial(0, padded // lanes) as i:
-        at = ramp(i * lanes, lanes)
-        T.buffer_store(values, finite(values[at], lanes), [at])
-
-
-def _gemv(product: _Product, x: Any, w: Any, scales: Any, y: Any, row: Any) -> None:
+def _gemv(product: NbitsProduct, x: Any, w: Any, scales: Any, y: Any, row: Any) -> None:
     runs = product.groups * product.runs_per_group
     values = T.alloc_buffer((product.padded,), "float32")
     largest = T.alloc_buffer((1,), "int32")
@@ -150,7 +90,7 @@ def _gemv(product: _Product, x: Any, w: Any, scales: Any, y: Any, row: Any) -> N
     value = T.alloc_buffer((room,), "int16")
     begins = T.alloc_buffer((runs + 1,), "int32")
     facts = T.alloc_buffer((runs, 2), "float32")
-    _selected_row(product, x, row, values, largest)
+    selected_row(product, x, row, values, largest)
     _list_runs(product, values, channel, value, begins, facts)
     bad = T.bind(largest[0] >= INFINITY_BITS)
     piece = -(-product.blocks // product.parts)
@@ -161,10 +101,10 @@ def _gemv(product: _Product, x: Any, w: Any, scales: Any, y: Any, row: Any) -> N
         fill(sums, 0, piece * product.block_outputs, "float32", product.lanes.floats)
         with T.serial(0, runs) as run, T.If(begins[run + 1] > begins[run]), T.Then():
             _add_run(product, w, scales, channel, value, begins, facts, run, first, count, sums)
-        _store(product, sums, 0, bad, y, row, first, count)
+        store_row(product, sums, 0, bad, y, row, first, count)
 
 
-def _list_runs(product: _Product, values: Any, channel: Any, value: Any, begins: Any, facts: Any) -> None:
+def _list_runs(product: NbitsProduct, values: Any, channel: Any, value: Any, begins: Any, facts: Any) -> None:
     """The active channels of each run, an even number; ``facts``: the size of an activation's unit, and minus the bias of
     the run's sums, the bits of an int32.
     """
@@ -181,7 +121,7 @@ def _list_runs(product: _Product, values: Any, channel: Any, value: Any, begins:
         T.buffer_store(count, const(0, "int32"), [1])
         with T.serial(0, length) as i:
             T.buffer_store(peak, T.max(peak[0], T.abs(values[start + i])), [0])
-        scale = T.bind(const(LARGEST_INT16, "float32") / T.max(peak[0], const(1e-35, "float32")))
+        scale = T.bind(const(LARGEST_INT16, "float32") / T.max(peak[0], const(SMALLEST_PEAK, "float32")))
         with T.serial(0, length) as i:
             rounded = T.Cast("int32", T.nearbyint(values[start + i] * scale))
             T.buffer_store(channel, start + i, [count[0]])
@@ -192,7 +132,9 @@ def _list_runs(product: _Product, values: Any, channel: Any, value: Any, begins:
             T.buffer_store(channel, start, [count[0]])
             T.buffer_store(value, const(0, "int16"), [count[0]])
             add_to(count, 0, const(1, "int32"))
-        T.buffer_store(facts, T.max(peak[0], const(1e-35, "float32")) / const(LARGEST_INT16, "float32"), [run, 0])
+        T.buffer_store(
+            facts, T.max(peak[0], const(SMALLEST_PEAK, "float32")) / const(LARGEST_INT16, "float32"), [run, 0]
+        )
         T.buffer_store(facts, T.reinterpret("float32", count[1] * const(-product.bias, "int32")), [run, 1])
     T.buffer_store(begins, count[0], [product.groups * product.runs_per_group])
     with T.serial(0, 2) as i:  # what a prefetch looks ahead to
@@ -200,7 +142,7 @@ def _list_runs(product: _Product, values: Any, channel: Any, value: Any, begins:
 
 
 def _add_run(
-    product: _Product,
+    product: NbitsProduct,
     w: Any,
     scales: Any,
     channel: Any,
@@ -248,7 +190,7 @@ def _add_run(
             add_to(sums, output, total * (scale * vector(unit, "float32", WORDS)))
 
 
-def _add_pair(product: _Product, rows: list[Any], value: Any, at: Any, part: Any) -> None:
+def _add_pair(product: NbitsProduct, rows: list[Any], value: Any, at: Any, part: Any) -> None:
     """Both channels' codes side by side in 16-bit lanes, times their activations: lanes of two products' sums."""
     halves = [T.reinterpret(f"int16x{2 * WORDS}", row) for row in rows]
     given = T.reinterpret("int32", value[ramp(at, 2)])
@@ -271,7 +213,7 @@ def _add_pair(product: _Product, rows: list[Any], value: Any, at: Any, part: Any
             T.buffer_store(part, part[where] + products, [where])
 
 
-def _add_channels(product: _Product, rows: list[Any], value: Any, at: Any, part: Any) -> None:
+def _add_channels(product: NbitsProduct, rows: list[Any], value: Any, at: Any, part: Any) -> None:
     mask = (1 << product.bits) - 1
     for j, row in enumerate(rows):
         words = T.reinterpret(f"uint32x{WORDS}", row)
@@ -282,83 +224,3 @@ def _add_channels(product: _Product, rows: list[Any], value: Any, at: Any, part:
             where = ramp(i * WORDS, WORDS)
             products = T.Cast(f"int32x{WORDS}", plane) * vector(activation, "int32", WORDS)
             T.buffer_store(part, part[where] + products, [where])
-
-
-def _store(product: _Product, sums: Any, start: Any, bad: Any, y: Any, row: Any, first: Any, count: Any) -> None:
-    """sums[start:] of ``count`` blocks from ``first``, without padding, to y[row]; NaN where ``bad``."""
-    begin = outputs_before = 0
-    for outputs in product.n:
-        last = begin + nbits.columns(outputs)
-        low = T.bind(T.max(first * product.block_outputs, const(begin, "int32")))
-        high = T.bind(T.min((first + count) * product.block_outputs, const(begin + outputs, "int32")))
-        with T.serial(0, T.max(high - low, const(0, "int32"))) as i:
-            value = sums[start + low - first * product.block_outputs + i]
-            kept = T.Select(bad, const(float("nan"), "float32"), value)
-            T.buffer_store(y, kept, [row, outputs_before + low - begin + i])
-        begin, outputs_before = last, outputs_before + outputs
-
-
-def _gemm(product: _Product, x: Any, w: Any, scales: Any, y: Any, rows: Any) -> None:
-    values = T.alloc_buffer((rows, product.padded), "float32")
-    bad = T.alloc_buffer((rows,), "int32")
-    step = product.lanes.floats
-    with T.parallel(0, rows) as row:
-        own = T.alloc_buffer((product.padded,), "float32")
-        largest = T.alloc_buffer((1,), "int32", scope="local")
-        _selected_row(product, x, row, own, largest)
-        with T.serial(0, product.padded // step) as i:
-            T.buffer_store(values, own[ramp(i * step, step)], [row, ramp(i * step, step)])
-        T.buffer_store(bad, largest[0], [row])
-    with T.parallel(0, product.blocks) as block:
-        sums = T.alloc_buffer((rows * product.block_outputs,), "float32")
-        with T.serial(0, rows * (product.block_outputs // step)) as i:
-            T.buffer_store(sums, vector(0.0, "float32", step), [ramp(i * step, step)])
-        tile = T.alloc_buffer((TILE_CHANNELS * product.block_outputs,), "float32")
-        with T.serial(0, -(-product.selection.width // TILE_CHANNELS)) as t:
-            _unpack_tile(product, w, scales, t * TILE_CHANNELS, block, tile)
-            _multiply_tile(product, tile, values, t * TILE_CHANNELS, rows, sums)
-        with T.serial(0, rows) as row:
-            start = row * product.block_outputs
-            _store(product, sums, start, bad[row] >= INFINITY_BITS, y, row, block, 1)
-
-
-def _unpack_tile(product: _Product, w: Any, scales: Any, first: Any, block: Any, tile: Any) -> None:
-    """float32 weights [plane][channel][word] of TILE_CHANNELS channels and one block."""
-    with T.serial(0, TILE_CHANNELS) as i:
-        channel = T.bind(T.min(first + i, const(product.selection.width - 1, "int32")))  # activations are 0 beyond
-        group = T.truncdiv(channel, const(product.group, "int32"))
-        words = T.bind(T.reinterpret(f"int32x{WORDS}", w.vload([channel, block * BLOCK_BYTES], f"uint8x{BLOCK_BYTES}")))
-        for p in range(product.planes):
-            up = vector(32 - product.bits * (p + 1), "int32", WORDS)
-            down = vector(32 - product.bits, "int32", WORDS)
-            code = T.shift_right(T.shift_left(words, up), down)  # arithmetic: the sign comes along
-            scale = scales[group, ramp(block * product.block_outputs + p * WORDS, WORDS)]
-            weight = T.Cast(f"float32x{WORDS}", code) * T.Cast(f"float32x{WORDS}", scale)
-            T.buffer_store(tile, weight, [ramp((p * TILE_CHANNELS + i) * WORDS, WORDS)])
-
-
-def _multiply_tile(product: _Product, tile: Any, values: Any, first: Any, rows: Any, sums: Any) -> None:
-    def multiply(row: Any, at_once: int) -> None:
-        with T.serial(0, product.planes // 2) as pair:
-            part = T.alloc_buffer((2 * at_once * WORDS,), "float32", scope="local")
-            for i in range(2 * at_once):
-                T.buffer_store(part, vector(0.0, "float32", WORDS), [ramp(i * WORDS, WORDS)])
-            with T.serial(0, TILE_CHANNELS) as channel:
-                weights = [
-                    T.bind(tile[ramp(((2 * pair + j) * TILE_CHANNELS + channel) * WORDS, WORDS)]) for j in range(2)
-                ]
-                for r in range(at_once):
-                    given = T.bind(vector(values[row + r, first + channel], "float32", WORDS))
-                    for j in range(2):
-                        where = ramp((2 * r + j) * WORDS, WORDS)
-                        T.buffer_store(part, part[where] + given * weights[j], [where])
-            for r in range(at_once):
-                for j in range(2):
-                    output = (row + r) * product.block_outputs + (2 * pair + j) * WORDS
-                    add_to(sums, output, part[ramp((2 * r + j) * WORDS, WORDS)])
-
-    whole = T.bind(T.truncdiv(rows, const(ROWS_AT_ONCE, "int64")))
-    with T.serial(0, whole) as i:
-        multiply(i * ROWS_AT_ONCE, ROWS_AT_ONCE)
-    with T.serial(0, rows - whole * ROWS_AT_ONCE) as i:
-        multiply(whole * ROWS_AT_ONCE + i, 1)
