@@ -14,15 +14,8 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from qsparse_export.runtimes.tvm.kernels.vectors import (
-    exponential,
-    largest_lane,
-    load,
-    splat,
-    store,
-    sum_of_lanes,
-    sums_of_lanes,
-)
+from qsparse_export.runtimes.tvm.kernels.emit import largest_lane, load, store, sum_of_lanes, sums_of_lanes, vector
+from qsparse_export.runtimes.tvm.kernels.exponential import exponential
 from qsparse_export.runtimes.tvm.lanes import Lanes
 
 KEYS = 32
@@ -104,7 +97,7 @@ class _Task:
             c, d = (T.bind(load(table, [b, s], offset, lanes)) for table in (self.cos, self.sin))
             first = T.bind(load(self.qkv, [row], begin + offset, lanes))
             second = T.bind(load(self.qkv, [row], begin + half + offset, lanes))
-            scale = splat(factor, lanes)
+            scale = vector(factor, "float32", lanes)
             store(target, (c * first - d * second) * scale, at, column + offset, lanes)
             store(target, (d * first + c * second) * scale, at, column + half + offset, lanes)
 
@@ -120,10 +113,10 @@ class _Task:
         weight_sum = T.alloc_buffer((group,), "float32", scope="local")
         with T.serial(0, group) as g:
             self._turn(b, s, row, (head * group + g) * width, query, [g], 0, width**-0.5)
-            T.buffer_store(peak, splat(_LOWEST, 1), [g])
-            T.buffer_store(weight_sum, splat(0.0, 1), [g])
+            T.buffer_store(peak, vector(_LOWEST, "float32", 1), [g])
+            T.buffer_store(weight_sum, vector(0.0, "float32", 1), [g])
             with T.serial(0, width // self.vector) as i:
-                store(result, splat(0.0, self.vector), [g], i * self.vector, self.vector)
+                store(result, vector(0.0, "float32", self.vector), [g], i * self.vector, self.vector)
         with T.serial(0, T.floordiv(total + KEYS - 1, KEYS)) as tile:
             first = T.bind(tile * KEYS)
             count = T.bind(T.min(total - first, KEYS))
@@ -132,7 +125,8 @@ class _Task:
             with T.serial(0, count) as t:
                 is_visible = T.bind(self.visible[b, 0, s, first + t])
                 T.buffer_store(seen, seen[0] + T.cast(is_visible, "int32"), [0])
-                T.buffer_store(bound, T.Select(is_visible, splat(float("inf"), 1), splat(float("-inf"), 1)), [t])
+                limits = (vector(float(word), "float32", 1) for word in ("inf", "-inf"))
+                T.buffer_store(bound, T.Select(is_visible, *limits), [t])
             with T.If(seen[0] != 0), T.Then():
                 self._score(b, head, first, count, query, bound, scores)
                 with T.serial(0, group) as g:
@@ -157,7 +151,7 @@ class _Task:
             with T.serial(blocks * at_once, count) as t, T.serial(0, self.group) as g:
                 self._score_keys(b, head, first, t, 1, g, query, bound, scores)
         with T.serial(count, KEYS) as t, T.serial(0, self.group) as g:
-            T.buffer_store(scores, splat(float("-inf"), 1), [g, t])
+            T.buffer_store(scores, vector(float("-inf"), "float32", 1), [g, t])
 
     def _score_keys(
         self, b: Any, head: Any, first: Any, t: Any, keys: int, g: Any, query: Any, bound: Any, scores: Any
@@ -165,7 +159,7 @@ class _Task:
         """The scores of ``keys`` neighbouring keys, whose sums run side by side."""
         dots = T.alloc_buffer((keys * self.vector,), "float32", scope="local")
         for k in range(keys):
-            store(dots, splat(0.0, self.vector), [], k * self.vector, self.vector)
+            store(dots, vector(0.0, "float32", self.vector), [], k * self.vector, self.vector)
         for i in range(self.width // self.vector):
             part = T.bind(load(query, [g], i * self.vector, self.vector))
             for k in range(keys):
@@ -181,13 +175,13 @@ class _Task:
         """Scores of a tile to weights against the largest score so far; what was summed before is brought down to it."""
         vectors = [load(scores, [g], i, self.lanes) for i in range(0, KEYS, self.lanes)]
         tile_peak = vectors[0]
-        for vector in vectors[1:]:
-            tile_peak = T.max(tile_peak, vector)
+        for part in vectors[1:]:
+            tile_peak = T.max(tile_peak, part)
         largest = T.bind(T.max(peak[g], largest_lane(tile_peak, self.lanes)))
         shrink = T.bind(exponential(peak[g] - largest, 1))
         T.buffer_store(peak, largest, [g])
         sums = T.alloc_buffer((self.lanes,), "float32", scope="local")
-        store(sums, splat(0.0, self.lanes), [], 0, self.lanes)
+        store(sums, vector(0.0, "float32", self.lanes), [], 0, self.lanes)
         with T.serial(0, KEYS // self.lanes) as i:
             column = T.bind(i * self.lanes)
             weights = exponential(load(scores, [g], column, self.lanes) - T.Broadcast(peak[g], self.lanes), self.lanes)

@@ -8,7 +8,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from qsparse_export.runtimes.tvm.kernels.vectors import in_vectors, load, splat, store, sum_of_lanes
+from qsparse_export.runtimes.tvm.kernels.emit import in_vectors, load, store, sum_of_lanes, vector
 from qsparse_export.runtimes.tvm.lanes import Lanes
 
 OUTPUTS_AT_ONCE = 4
@@ -39,8 +39,8 @@ def _outputs(lanes: Lanes, x: Any, w: Any, y: Any, row: Any, first: Any, count: 
     sums = T.alloc_buffer((count * width,), "float32", scope="local")
     rest = T.alloc_buffer((count,), "float32", scope="local")
     for i in range(count):
-        store(sums, splat(0.0, width), [], i * width, width)
-        store(rest, splat(0.0, 1), [], i, 1)
+        store(sums, vector(0.0, "float32", width), [], i * width, width)
+        store(rest, vector(0.0, "float32", 1), [], i, 1)
 
     def add(column: Any, here: int) -> None:
         value = T.bind(load(x, [row], column, here))

@@ -8,7 +8,8 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from qsparse_export.runtimes.tvm.kernels.vectors import exponential, for_rows, in_vectors, load, splat, store
+from qsparse_export.runtimes.tvm.kernels.emit import for_rows, in_vectors, load, store, vector
+from qsparse_export.runtimes.tvm.kernels.exponential import exponential
 from qsparse_export.runtimes.tvm.lanes import Lanes
 
 
@@ -35,12 +36,14 @@ def gated_activation(lanes: Lanes, *, n: int, activation: str) -> tirx.PrimFunc:
 
 def _relu2(gate: Any, width: int) -> Any:
     # A NaN is not below 0 and stays.
-    positive = T.bind(T.Select(gate < splat(0.0, width), splat(0.0, width), gate))
+    positive = T.bind(T.Select(gate < vector(0.0, "float32", width), vector(0.0, "float32", width), gate))
     return positive * positive
 
 
 def _silu(gate: Any, width: int) -> Any:
-    negative = gate < splat(0.0, width)
-    power = exponential(T.Select(negative, gate, splat(0.0, width) - gate), width)  # exp(-|gate|) cannot overflow
-    numerator = T.Select(negative, power, splat(1.0, width))
-    return gate * (numerator / (splat(1.0, width) + power))
+    negative = gate < vector(0.0, "float32", width)
+    power = exponential(
+        T.Select(negative, gate, vector(0.0, "float32", width) - gate), width
+    )  # exp(-|gate|) cannot overflow
+    numerator = T.Select(negative, power, vector(1.0, "float32", width))
+    return gate * (numerator / (vector(1.0, "float32", width) + power))

@@ -9,7 +9,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from qsparse_export.formats import nbits
-from qsparse_export.runtimes.tvm.kernels.vectors import for_rows
+from qsparse_export.runtimes.tvm.kernels.emit import for_rows
 from qsparse_export.runtimes.tvm.lanes import Lanes
 
 

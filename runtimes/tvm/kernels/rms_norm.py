@@ -8,7 +8,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from qsparse_export.runtimes.tvm.kernels.vectors import for_rows, in_vectors, load, splat, store, sum_of_lanes
+from qsparse_export.runtimes.tvm.kernels.emit import for_rows, in_vectors, load, store, sum_of_lanes, vector
 from qsparse_export.runtimes.tvm.lanes import Lanes
 
 
@@ -52,18 +52,18 @@ def add_rms_norm(lanes: Lanes, *, n: int, epsilon: float) -> tirx.PrimFunc:
 def _normalise(lanes: Lanes, x: Any, weight: Any, y: Any, row: Any, n: int, epsilon: float) -> None:
     """``y = x / sqrt(mean(x^2) + epsilon) * weight`` of one row, the squares summed in lanes."""
     width = lanes.floats
-    vector = T.alloc_buffer((width,), "float32", scope="local")
+    partial = T.alloc_buffer((width,), "float32", scope="local")
     single = T.alloc_buffer((1,), "float32", scope="local")
-    store(vector, splat(0.0, width), [], 0, width)
-    store(single, splat(0.0, 1), [], 0, 1)
+    store(partial, vector(0.0, "float32", width), [], 0, width)
+    store(single, vector(0.0, "float32", 1), [], 0, 1)
 
     def add_square(column: Any, lanes_here: int) -> None:
         value = T.bind(load(x, [row], column, lanes_here))
-        target = single if lanes_here == 1 else vector
+        target = single if lanes_here == 1 else partial
         store(target, load(target, [], 0, lanes_here) + value * value, [], 0, lanes_here)
 
     in_vectors(n, width, add_square)
-    squares = single[0] + sum_of_lanes(load(vector, [], 0, width), width)
+    squares = single[0] + sum_of_lanes(load(partial, [], 0, width), width)
     mean = squares / tirx.const(float(max(n, 1)), "float32")
     factor = T.bind(tirx.const(1.0, "float32") / T.sqrt(mean + tirx.const(epsilon, "float32")))
 

@@ -13,7 +13,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from qsparse_export.runtimes.tvm.kernels.active_channels import Selection, load_row, mask
-from qsparse_export.runtimes.tvm.kernels.vectors import in_vectors, load, splat, splat_int, store
+from qsparse_export.runtimes.tvm.kernels.emit import in_vectors, load, store, vector
 from qsparse_export.runtimes.tvm.lanes import Lanes
 
 TILE = 256
@@ -49,12 +49,12 @@ def sparse_matmul(lanes: Lanes, *, k_in: int, n: tuple[int, ...], k: int, block:
 
 def _list_active(masked: Any, channels: Any, active: Any, k_in: int) -> None:
     """Numbers of the channels that are not 0, a NaN among them."""
-    store(active, splat_int(0, 1), [], 0, 1)
+    store(active, vector(0, "int32", 1), [], 0, 1)
     with T.serial(0, k_in) as c:
         T.buffer_store(channels, T.cast(c, "int32"), [active[0]])
         # By its bits: TVM's != of floats is false for NaN.
-        magnitude = T.bitwise_and(T.reinterpret("int32", masked[c]), splat_int(0x7FFFFFFF, 1))
-        store(active, active[0] + T.Select(magnitude != 0, splat_int(1, 1), splat_int(0, 1)), [], 0, 1)
+        magnitude = T.bitwise_and(T.reinterpret("int32", masked[c]), vector(0x7FFFFFFF, "int32", 1))
+        store(active, active[0] + T.Select(magnitude != 0, vector(1, "int32", 1), vector(0, "int32", 1)), [], 0, 1)
 
 
 def _product(
@@ -64,7 +64,7 @@ def _product(
 
     def of_width(width: int) -> None:
         sums = T.alloc_buffer((width,), "float32", scope="local")
-        in_vectors(width, lanes.floats, lambda c, here: store(sums, splat(0.0, here), [], c, here))
+        in_vectors(width, lanes.floats, lambda c, here: store(sums, vector(0.0, "float32", here), [], c, here))
 
         def add(first: Any, count: int) -> None:
             rows = [T.bind(channels[first + i]) for i in range(count)]

@@ -7,7 +7,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from qsparse_export.runtimes.tvm.kernels.active_channels import Selection, load_row, mask
-from qsparse_export.runtimes.tvm.kernels.vectors import for_rows, in_vectors, load, store
+from qsparse_export.runtimes.tvm.kernels.emit import for_rows, in_vectors, load, store
 from qsparse_export.runtimes.tvm.lanes import Lanes
 
 
