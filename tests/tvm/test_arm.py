@@ -9,7 +9,7 @@ from product_cases import head_cases, kernel_of, nbits_cases, op_name, tensors_o
 
 from qsparse_export.runtimes.tvm.lanes import NEON, NEON_DOT
 
-EVERY = 7
+EVERY = 11
 """Of the cases: an emulated processor takes its time."""
 
 

@@ -23,7 +23,7 @@ from qsparse_export.runtimes.tvm.kernels.topk_sparsify import topk_sparsify
 EPS = np.finfo(np.float32).eps
 SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 every_lanes = pytest.mark.parametrize("lanes", LANES, ids=[lanes.name for lanes in LANES])
-SIZES = (1, 7, 8, 9, 33, 256)
+SIZES = (1, 8, 33)
 
 
 @every_lanes

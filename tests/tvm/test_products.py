@@ -16,7 +16,7 @@ from ternary_cases import ternary_weights
 from qsparse_export.formats import nbits
 from qsparse_export.runtimes.tvm.tiling import Tiling
 
-EVERY = 6
+EVERY = 9
 """Of the cases of the C++ kernels: each shape is compiled anew."""
 every_lanes = pytest.mark.parametrize("lanes", LANES, ids=[lanes.name for lanes in LANES])
 
@@ -43,7 +43,7 @@ def test_cases_of_the_kernels(lanes, cases, evidence):
 def test_any_tiling_gives_the_same_bits(lanes, tiling):
     """More parts than blocks leave some without work."""
     rng = np.random.default_rng(4)
-    for outputs in ((130,), (1100, 300)):
+    for outputs in ((1100, 130),):
         matrices = tuple(ternary_weights(rng, n, 300, "normal") for n in outputs)
         for rows in (1, 9):
             case = SparseTernary(magnitudes(rng, rows, 300, "normal"), matrices, 140)
