@@ -31,10 +31,10 @@ _TIMES = (
 )
 
 
-def evidence_in(report: Path) -> list[dict[str, Any]]:
-    """Of the tests that passed, in the order of the report."""
+def evidence_in(reports: Iterable[Path]) -> list[dict[str, Any]]:
+    """Of the tests that passed, in the order of the reports."""
     found = []
-    for case in ElementTree.parse(report).iter("testcase"):
+    for case in (case for report in reports for case in ElementTree.parse(report).iter("testcase")):
         if any(case.find(name) is not None for name in ("failure", "error", "skipped")):
             continue
         for entry in case.iter("property"):
@@ -80,7 +80,7 @@ def times_of(benchmarks: Iterable[Path]) -> list[str]:
     return lines
 
 
-def page(report: Path, benchmarks: Sequence[Path]) -> str:
+def page(reports: Sequence[Path], benchmarks: Sequence[Path]) -> str:
     """The whole page."""
     machines = dict.fromkeys(json.loads(file.read_text("utf-8"))["machine"]["cpu"] for file in benchmarks)
     commands = [line for line in (__doc__ or "").splitlines() if line.startswith("    ")]
@@ -100,7 +100,7 @@ def page(report: Path, benchmarks: Sequence[Path]) -> str:
             "out, and nothing ran it. An error is the largest that any case had, as a share of what the op's definition allows",
             "(`qsparse_export/ops`); most cases have none.",
             "",
-            *lines_of(evidence_in(report)),
+            *lines_of(evidence_in(reports)),
             "",
             "## Times",
             "",
@@ -124,12 +124,14 @@ def lost(old: str, new: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", type=Path, help="JUnit file of pytest")
-    parser.add_argument("benchmarks", type=Path, nargs="*", help="JSON files of qsparse-bench kernels")
+    parser.add_argument(
+        "files", type=Path, nargs="+", help="JUnit files of pytest (.xml), and .json of qsparse-bench kernels"
+    )
     parser.add_argument("-o", "--out", type=Path, help="the page (default: stdout)")
     parser.add_argument("--check", type=Path, metavar="FILE", help="a page that the new one must not fall behind")
     arguments = parser.parse_args(argv)
-    made = page(arguments.report, arguments.benchmarks)
+    by_kind = {kind: [file for file in arguments.files if file.suffix == kind] for kind in (".xml", ".json")}
+    made = page(by_kind[".xml"], by_kind[".json"])
     if arguments.check:
         missing = lost(arguments.check.read_text("utf-8"), made)
         for line in missing:

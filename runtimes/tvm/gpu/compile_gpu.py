@@ -64,7 +64,7 @@ def compile_gpu(functions: Sequence[tirx.PrimFunc], kind: str, arch: str, librar
         module.write_text(tvm.ir.save_json(tvm.IRModule(dict(zip(names, functions, strict=True)))), "utf-8")
         environment = cuda_environment(Path(folder)) if kind == "cuda" else dict(os.environ)
         compiler = _tool(HOST_COMPILERS[host_triple])
-        command = [sys.executable, "-m", CHILD, str(module), kind, arch, host_triple, compiler, str(made)]
+        command = [sys.executable, "-P", "-m", CHILD, str(module), kind, arch, host_triple, compiler, str(made)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0 or not made.exists():
             raise TargetError(f"TVM could not compile {', '.join(names)} for {kind} {arch}:\n{done.stderr[-4000:]}")
