@@ -16,6 +16,7 @@ VERSIONS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post0"}
 
 _INSTALL = "install what this version was made for with: pip install 'qsparse-export[tvm]'"
 _THREADS_VARIABLE = "TVM_NUM_THREADS"
+_SPIN_VARIABLE = "TVM_THREAD_POOL_SPIN_COUNT"
 _SHARE_ALL_CORES = (
     -3
 )  # tvm::runtime::threading::ThreadGroup::kSpecifyThreadShareAllCore: workers are not bound to a core each
@@ -43,6 +44,9 @@ def tvm() -> Any:
     require_tvm()
     # The pool's size is read once, when the first kernel runs; TVM's own choice is half the cores that the system reports.
     os.environ.setdefault(_THREADS_VARIABLE, str(os.cpu_count() or 1))
+    # A thread that spins between kernels takes the core that another program needs; QSPARSE_SPIN=1 leaves TVM its own choice.
+    if os.environ.get("QSPARSE_SPIN", "0") != "1":
+        os.environ.setdefault(_SPIN_VARIABLE, "0")
     import tvm as module
 
     return module
