@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from qsparse_export.errors import UsageError
+from qsparse_export.runtimes.tvm.gpu.workgroup import THREADS, assign, threads, variable, when
 
 
 @dataclass(frozen=True)
@@ -58,3 +60,18 @@ def join(n: Sequence[int], tile: int) -> Joined:
     if not matrices:
         raise UsageError(f"the matrices have {list(n)} outputs; expected at least one: there is no kernel for nothing")
     return Joined(tuple(matrices), column, output, len(n))
+
+
+@contextmanager
+def each_output(
+    joined: Joined, m: tirx.Expr, slices: int, sums: tirx.Expr, dtype: str
+) -> Iterator[tuple[tirx.Expr, tirx.Expr, tirx.Expr]]:
+    """A thread for each of ``m`` rows and each output: (row, output, the sum of its ``slices`` in ``sums``, of ``dtype``)."""
+    with threads(m, -(-joined.outputs // THREADS)) as (row, tile, thread):
+        output = T.bind(tile * THREADS + thread)
+        with when(output < joined.outputs):
+            column = T.bind(joined.column_of(output))
+            total = variable(dtype, 0)
+            with T.serial(0, slices) as slice_:
+                assign(total, total[0] + sums[row, slice_, column])
+            yield row, output, total[0]

@@ -15,7 +15,7 @@ from qsparse_export.formats import nbits
 from qsparse_export.runtimes.tvm.gpu import float_bits
 from qsparse_export.runtimes.tvm.gpu.float_bits import wide
 from qsparse_export.runtimes.tvm.gpu.group_sums import GROUPS, LANES, add_groups
-from qsparse_export.runtimes.tvm.gpu.joined import Joined, join
+from qsparse_export.runtimes.tvm.gpu.joined import Joined, each_output, join
 from qsparse_export.runtimes.tvm.gpu.program import Program, slices_of
 from qsparse_export.runtimes.tvm.gpu.topk_sparsify import masked
 from qsparse_export.runtimes.tvm.gpu.workgroup import (
@@ -170,16 +170,8 @@ def _finish(joined: Joined, slices: int, dtype: str) -> tirx.PrimFunc:
         counts = T.arg("counts", T.buffer((m, 2), "int32"))
         sums = T.arg("sums", T.buffer((m, slices, joined.columns), "float32"))
         y = T.arg("y", T.buffer((m, joined.outputs), dtype))
-        with threads(m, -(-joined.outputs // THREADS)) as (row, tile, thread):
-            output = T.bind(tile * THREADS + thread)
-            with when(output < joined.outputs):
-                column = T.bind(joined.column_of(output))
-                total = variable("float32", 0.0)
-                with T.serial(0, slices) as slice_:
-                    assign(total, total[0] + sums[row, slice_, column])
-                bits = T.Select(
-                    counts[row, 1] > 0, T.uint32(float_bits.NOT_A_NUMBER), T.reinterpret("uint32", total[0])
-                )
-                assign(y, T.Cast(dtype, T.reinterpret("float32", bits)), row, output)
+        with each_output(joined, m, slices, sums, "float32") as (row, output, total):
+            bits = T.Select(counts[row, 1] > 0, T.uint32(float_bits.NOT_A_NUMBER), T.reinterpret("uint32", total))
+            assign(y, T.Cast(dtype, T.reinterpret("float32", bits)), row, output)
 
     return kernel("nbits_finish", body)

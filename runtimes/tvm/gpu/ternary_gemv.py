@@ -7,9 +7,9 @@ from tvm.tirx.script.builder import ir as T
 
 from qsparse_export.runtimes.tvm.gpu import float_bits, quantize_rows
 from qsparse_export.runtimes.tvm.gpu.group_sums import GROUPS, LANES, add_groups
-from qsparse_export.runtimes.tvm.gpu.joined import Joined
+from qsparse_export.runtimes.tvm.gpu.joined import Joined, each_output
 from qsparse_export.runtimes.tvm.gpu.packed_bytes import Dot, transposed
-from qsparse_export.runtimes.tvm.gpu.workgroup import THREADS, assign, ceil_div, kernel, local, threads, variable, when
+from qsparse_export.runtimes.tvm.gpu.workgroup import assign, ceil_div, kernel, local, threads, variable, when
 
 WORD_OUTPUTS = 16
 CODES = 0x03030303
@@ -63,15 +63,9 @@ def finish(joined: Joined, slices: int, dtype: str) -> tirx.PrimFunc:
         sums = T.arg("sums", T.buffer((m, slices, joined.columns), "int32"))
         scales = T.arg("scales", T.buffer((joined.count,), "float32"))
         y = T.arg("y", T.buffer((m, joined.outputs), dtype))
-        with threads(m, -(-joined.outputs // THREADS)) as (row, tile, thread):
-            output = T.bind(tile * THREADS + thread)
-            with when(output < joined.outputs):
-                column = T.bind(joined.column_of(output))
-                total = variable("int32", 0)
-                with T.serial(0, slices) as slice_:
-                    assign(total, total[0] + sums[row, slice_, column])
-                scale = scales[joined.number_of(output)]
-                assign(y, descaled(total[0] - counts[row, 0], gamma[row, 1], scale, dtype), row, output)
+        with each_output(joined, m, slices, sums, "int32") as (row, output, total):
+            scale = scales[joined.number_of(output)]
+            assign(y, descaled(total - counts[row, 0], gamma[row, 1], scale, dtype), row, output)
 
     return kernel("ternary_finish", body)
 
