@@ -1,4 +1,4 @@
-"""PACKAGE BUNDLE LIBRARY: runs a decoder on the CUDA provider of onnxruntime-gpu in PACKAGE; a process of its own, since
+"""BUNDLE LIBRARY: runs a decoder on the CUDA provider of onnxruntime-gpu, which PYTHONPATH names; a process of its own, since
 another ONNX Runtime is in the tests'. Prints JSON: ``placed`` (provider to ops of the nodes that ran), kernel ``calls``
 of LIBRARY, and how many ``tokens`` were generated, which mean nothing.
 """
@@ -10,16 +10,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-PACKAGE, BUNDLE, LIBRARY = sys.argv[1:]
-sys.path.insert(0, PACKAGE)
+import numpy as np
+import onnxruntime
 
-import numpy as np  # noqa: E402
-import onnxruntime  # noqa: E402
+from qsparse_export.bundle import Bundle
+from qsparse_export.generate import Generator
+from qsparse_export.runtimes.ort.runtime import CUDA_PROVIDER, OrtRuntime
 
-from qsparse_export.bundle import Bundle  # noqa: E402
-from qsparse_export.generate import Generator  # noqa: E402
-from qsparse_export.runtimes.ort.runtime import CUDA_PROVIDER, OrtRuntime  # noqa: E402
-
+BUNDLE, LIBRARY = sys.argv[1:]
 PROMPT, TOKENS = (1, 3, 5, 7, 9), 6
 
 

@@ -1,9 +1,6 @@
-"""PACKAGE: prints as JSON the ops that the CUDA provider of onnxruntime-gpu in PACKAGE registers kernels for."""
+"""Prints as JSON the ops that the CUDA provider of onnxruntime-gpu, which PYTHONPATH names, registers kernels for."""
 
 import json
-import sys
-
-sys.path.insert(0, sys.argv[1])
 
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 

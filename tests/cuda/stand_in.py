@@ -141,6 +141,7 @@ def _printed(script: str, *arguments: Path) -> Any:
 
 
 def _process(script: str, arguments: Sequence[Path], libraries: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, Path(__file__).parent / script, packaged_provider(), *arguments]
-    environment = {**os.environ, "LD_LIBRARY_PATH": libraries}
+    command = [sys.executable, Path(__file__).parent / script, *arguments]
+    # Its ONNX Runtime in the place of the installed one.
+    environment = {**os.environ, "LD_LIBRARY_PATH": libraries, "PYTHONPATH": str(packaged_provider())}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
