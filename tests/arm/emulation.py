@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-import zipfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from wheels import ARM, file_of_wheel
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "arm"
@@ -52,19 +51,8 @@ def tool(name: str, package: str) -> str:
 def onnxruntime_for_arm() -> Path:
     """libonnxruntime.so for 64-bit ARM of the installed version, from its wheel on PyPI, once into .cache/arm."""
     wanted = version("onnxruntime")
-    library = CACHE / f"libonnxruntime.so.{wanted}"
-    if not library.is_file():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        platform = ["--platform", "manylinux_2_28_aarch64", "--dest", str(CACHE), f"onnxruntime=={wanted}"]
-        subprocess.run([*pip, *platform], check=True)
-        wheel = next(CACHE.glob(f"onnxruntime-{wanted}-*aarch64.whl"))
-        partial = library.with_suffix(f".{os.getpid()}.partial")
-        with zipfile.ZipFile(wheel) as archive:
-            partial.write_bytes(archive.read(f"onnxruntime/capi/libonnxruntime.so.{wanted}"))
-        os.replace(partial, library)
-        wheel.unlink()
-    return library
+    name = f"libonnxruntime.so.{wanted}"
+    return file_of_wheel(f"onnxruntime=={wanted}", f"onnxruntime/capi/{name}", CACHE / name, *ARM)
 
 
 def instruction_counter() -> Path:

@@ -170,7 +170,7 @@ def test_a_missing_runtime_is_named(capsys, device, device_bundle):
         ("Port", lambda device: free_port(), "Connection refused"),
         ("IdentityFile", lambda device: device.folder / "stranger", "refused the login"),
         ("UserKnownHostsFile", lambda device: "/dev/null", "connect once with: ssh"),
-        ("ProxyCommand", lambda device: "sleep 60", "timed out"),
+        ("ProxyCommand", lambda device: "sleep 6", "timed out"),
         ("HostName", lambda device: "name.invalid", "Could not resolve hostname"),
     ],
 )

@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 from kernel_runs import tool
+from wheels import folder_of_wheel
 
 from qsparse_export.runtimes.ort.cuda_build import find_nvcc
 
@@ -37,20 +37,7 @@ _VERSION = {"cudnnGetVersion": 92000}
 
 def packaged_provider() -> Path:
     """The folder to put on Python's path for onnxruntime-gpu, taken from PyPI once; nothing is installed."""
-    folder = CACHE / "package"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.is_dir():
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(CACHE), PACKAGE]
-            subprocess.run(pip, check=True)
-            partial = CACHE / f"partial.{os.getpid()}"
-            wheel = next(CACHE.glob("onnxruntime_gpu-*.whl"))
-            with zipfile.ZipFile(wheel) as content:
-                content.extractall(partial)
-            partial.rename(folder)
-            wheel.unlink()
-    return folder
+    return folder_of_wheel(PACKAGE, CACHE / "package")
 
 
 def build(package: Path) -> Path:

@@ -33,7 +33,7 @@ def host_calls(cases, lanes):
 )
 def test_cases_of_the_kernels(host, lanes, features, cpu, cases, tmp_path, evidence):
     found = [case for case in cases() if case.x.size < 20_000][::EVERY]
-    assert len(found) > 5
+    assert len(found) >= 5
     calls = host_calls(found, lanes)
     done = run(host, build_library(calls, features, tmp_path), calls, cpu, tmp_path)
     assert done.returncode == 0, done.stderr

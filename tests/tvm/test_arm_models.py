@@ -1,10 +1,7 @@
 """Whole models compiled for ARM: the module of a bundle run under qemu with TVM's own ARM runtime, against ONNX Runtime here."""
 
-import os
 import struct
 import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import pytest
 import tvm_ffi.libinfo
 from emulated_host import COMPILER, SYSROOT, tensor_bytes, tool
 from test_export import CONFIGS, decoder
+from wheels import ARM, file_of_wheel
 
 import qsparse_export as qs
 from qsparse_export.runtimes import get_runtime
@@ -30,19 +28,7 @@ def runtime_for_arm() -> Path:
     """A folder with TVM's runtime for 64-bit ARM, from its wheels on PyPI, once into .cache/arm."""
     folder = CACHE / f"tvm-{VERSIONS['apache-tvm']}"
     for package, member in LIBRARIES.items():
-        library = folder / Path(member).name
-        if library.is_file():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        platform = ["--platform", "manylinux_2_28_aarch64", "--python-version", "3.11", "--dest", str(folder)]
-        subprocess.run([*pip, *platform, f"{package}=={VERSIONS[package]}"], check=True)
-        wheel = next(folder.glob(f"{package.replace('-', '_')}-{VERSIONS[package]}-*aarch64.whl"))
-        partial = library.with_suffix(f".{os.getpid()}.partial")
-        with zipfile.ZipFile(wheel) as archive:
-            partial.write_bytes(archive.read(member))
-        os.replace(partial, library)
-        wheel.unlink()
+        file_of_wheel(f"{package}=={VERSIONS[package]}", member, folder / Path(member).name, *ARM)
     return folder
 
 
