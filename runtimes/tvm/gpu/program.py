@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from tvm import tirx
 
 from qsparse_export.errors import UsageError
 
+Size = TypeVar("Size")
+"""A number, or what a compiler has in its place."""
 DTYPES = ("float32", "float16")
 LARGEST_K_IN = 2_000_000
 """So that sums of 128 * 2 per channel fit into int32, and a count of the channels of 8 threads of 256 into 16 bits."""
@@ -22,22 +26,35 @@ class Program:
     """Kernels of one call, in order. A parameter of one name is the same tensor in all of them.
 
     ``inputs`` and ``outputs`` name the tensors of the caller, in the order of the op. All others are scratch: the caller
-    provides them too, uninitialised, of the shape and dtype that the kernels declare. The rows m are symbolic, and a
-    program must not be run on 0 rows: then there is nothing to compute, and a grid of 0 blocks is an error to a driver.
+    provides them too, uninitialised, of the shape and dtype that the kernels declare. A kernel's inputs come before what it
+    writes. ``in_place`` are inputs that the first kernel which has them writes, and results too. The rows m are symbolic
+    (of attention, other lengths too), and a program must not be run on 0 rows: then there is nothing to compute, and a grid
+    of 0 blocks is an error to a driver.
     """
 
     kernels: tuple[tirx.PrimFunc, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    in_place: tuple[str, ...] = ()
 
     def buffers(self) -> dict[str, tirx.Buffer]:
-        """Every tensor by name: its shape (m is the only variable) and dtype."""
+        """Every tensor by name: its shape and dtype."""
         return {buffer.name: buffer for kernel in self.kernels for buffer in kernel.params}
 
-    def shapes(self, m: int) -> dict[str, tuple[int, ...]]:
-        """Of every tensor, for ``m`` rows."""
+    def sizes(self, shapes: Mapping[str, Sequence[Size]]) -> dict[str, Size]:
+        """What the variables of the kernels are (``m`` the rows), by the shapes of the inputs."""
         return {
-            name: tuple(m if isinstance(size, tirx.Var) else int(size) for size in buffer.shape)
+            size.name: given
+            for name, buffer in self.buffers().items()
+            if name in shapes
+            for size, given in zip(buffer.shape, shapes[name], strict=True)
+            if isinstance(size, tirx.Var)
+        }
+
+    def shapes(self, sizes: Mapping[str, Size]) -> dict[str, tuple[Size | int, ...]]:
+        """Of every tensor, for such ``sizes``."""
+        return {
+            name: tuple(sizes[size.name] if isinstance(size, tirx.Var) else int(size) for size in buffer.shape)
             for name, buffer in self.buffers().items()
         }
 

@@ -60,14 +60,14 @@ def sparse_matmul_nbits(
     kernels, source = masked(k_in, k, block, rescale, dtype)
     parts, joined = slices_of(k_in, slices), join(n, nbits.TILE_OUTPUTS)
     kernels += (
-        _listed(k_in, source, dtype),
+        listed(k_in, source, dtype),
         _products(k_in, joined, bits, group, parts),
         _finish(joined, parts, dtype),
     )
     return Program(kernels, ("x", "w", "scales"), ("y",))
 
 
-def _listed(k_in: int, source: str, dtype: str) -> tirx.PrimFunc:
+def listed(k_in: int, source: str, dtype: str) -> tirx.PrimFunc:
     """From the tensor ``source`` to "channels" int32 and "values" float32 [m, k_in], those that are not zero in order, and
     "counts" int32 [m, 2]: how many are listed, and how many of them are NaN or Inf.
     """

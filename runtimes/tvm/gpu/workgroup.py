@@ -6,7 +6,7 @@ control flow only, which WebGPU demands. ``blockIdx.z`` is not used: TVM's WebGP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tvm import tirx
@@ -76,6 +76,14 @@ def _as(dtype: str, value: int | float | tirx.Expr) -> tirx.Expr:
 def assign(target: tirx.Buffer, value: tirx.Expr | int | float, *indices: tirx.Expr | int) -> None:
     """``target[indices] = value``; without indices, of a variable."""
     T.buffer_store(target, _as(str(target.dtype), value), list(indices) or [0])
+
+
+def added(values: Sequence[tirx.Expr]) -> tirx.Expr:
+    """The sum of one value or more, in order."""
+    total, *rest = values
+    for value in rest:
+        total = total + value
+    return total
 
 
 def reduced(

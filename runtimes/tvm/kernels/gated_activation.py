@@ -14,9 +14,9 @@ from qsparse_export.runtimes.tvm.lanes import Lanes
 
 
 def gated_activation(lanes: Lanes, *, n: int, activation: str) -> tirx.PrimFunc:
-    """x float32 [M, 2n], the gate and then what it gates, to y float32 [M, n]; ``activation`` is relu2 or silu."""
+    """x float32 [M, 2n], the gate and then what it gates, to y float32 [M, n]; ``activation`` is of ACTIVATIONS."""
     m = tirx.Var("m", "int64")
-    activate = {"relu2": _relu2, "silu": _silu}[activation]
+    activate = ACTIVATIONS[activation]
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("gated_activation")
         T.func_attr({"tirx.noalias": True})
@@ -47,3 +47,7 @@ def _silu(gate: Any, width: int) -> Any:
     )  # exp(-|gate|) cannot overflow
     numerator = T.Select(negative, power, vector(1.0, "float32", width))
     return gate * (numerator / (vector(1.0, "float32", width) + power))
+
+
+ACTIVATIONS = {"relu2": _relu2, "silu": _silu}
+"""Name to what is done with the lanes of a gate: function(gate, lanes)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import tvm
@@ -12,7 +12,6 @@ from tvm.tirx.build import codegen_build, split_host_device_mods
 from qsparse_export.runtimes.tvm.gpu.program import Program
 
 AXES = ("blockIdx.x", "blockIdx.y", "threadIdx.x")
-ROWS = "m"
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class DeviceKernel:
-    """``arguments`` are names of tensors and integers; these and the ``extents`` of AXES are expressions in the rows m and
-    in what the host function binds before it launches.
+    """``arguments`` are names of tensors and integers; these and the ``extents`` of AXES are expressions in the sizes that
+    are not known before a call, and in what the host function binds before it launches.
     """
 
     name: str
@@ -42,11 +41,12 @@ class DeviceKernel:
     extents: tuple[tirx.Expr, ...]
     bound: tuple[tirx.Bind, ...]
 
-    def launch(self, m: int) -> Launch:
-        """What TVM's host function passes to the driver for ``m`` rows."""
+    def launch(self, sizes: Mapping[str, int]) -> Launch:
+        """What TVM's host function passes to the driver; ``sizes`` as :meth:`Program.sizes` has them."""
         analyzer = tvm.sym.Analyzer()
         for bind in self.bound:
-            value = tirx.const(m, "int32") if bind.var.name == ROWS else analyzer.simplify(bind.value)
+            known = sizes.get(bind.var.name)
+            value = analyzer.simplify(bind.value) if known is None else tirx.const(known, "int32")
             if isinstance(value, tirx.IntImm):
                 analyzer.bind(bind.var, value)
         arguments = (each if isinstance(each, str) else int(analyzer.simplify(each)) for each in self.arguments)

@@ -12,12 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from device_kernels import DeviceKernel, device_kernels
-from software_device import missing, tensors_before
+from software_device import missing, sizes_of, tensors_before
 
 from qsparse_export.runtimes.tvm.gpu.program import Program
 
 EMULATION = Path(__file__).parents[2] / "cuda"
-C_TYPES = {"float32": "float", "float16": "half", "int32": "int", "uint32": "uint"}
+C_TYPES = {
+    "float32": "float",
+    "float16": "half",
+    "int32": "int",
+    "int64": "int64_t",
+    "uint32": "uint",
+    "uint16": "ushort",
+    "uint8": "uchar",
+    "bool": "bool",
+}
 SHUFFLED = 2
 """The order in which threads run until they meet a barrier: 0 ascending, 1 descending, else the seed of a shuffle."""
 PRELUDE = """
@@ -54,8 +63,8 @@ class EmulatedCuda:
             pytest.fail(missing("g++", "it is not on the path", ["apt-get install g++"]), pytrace=False)
         return EmulatedCuda(compiler)
 
-    def run(self, program: Program, m: int, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        tensors = tensors_before(program, m, inputs)
+    def run(self, program: Program, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tensors = tensors_before(program, inputs)
         tensors = {name: tensor.copy() for name, tensor in tensors.items()}
         dtypes = {name: str(buffer.dtype) for name, buffer in program.buffers().items()}
         kernels = device_kernels(program, "cuda")
@@ -63,7 +72,7 @@ class EmulatedCuda:
             library = self._compiled(Path(folder), [_source(kernel, dtypes) for kernel in kernels])
         library.emulated_set_order(SHUFFLED)
         for kernel in kernels:
-            launch = kernel.launch(m)
+            launch = kernel.launch(sizes_of(program, inputs))
             pointers = [tensors[each].ctypes.data for each in launch.arguments if isinstance(each, str)]
             numbers = [each for each in launch.arguments if isinstance(each, int)]
             getattr(library, f"run_{kernel.name}")(

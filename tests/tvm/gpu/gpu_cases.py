@@ -39,10 +39,6 @@ class Case:
     inputs: dict[str, np.ndarray]
     check: Callable[[dict[str, np.ndarray]], None]
 
-    @property
-    def rows(self) -> int:
-        return len(self.inputs["x"])
-
 
 def topk_case(x: np.ndarray, k: int, block: int = 0, rescale: str = "none") -> Case:
     program = topk_sparsify(k_in=x.shape[1], k=k, block=block, rescale=rescale, dtype=x.dtype.name)

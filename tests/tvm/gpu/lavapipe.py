@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import wgpu
 from device_kernels import DeviceKernel, device_kernels
-from software_device import missing, tensors_before
+from software_device import missing, sizes_of, tensors_before
 
 from qsparse_export.runtimes.tvm.gpu.program import Program
 
@@ -35,9 +35,9 @@ class Lavapipe:
             pytest.fail(missing("lavapipe", names, REMEDIES), pytrace=False)
         return Lavapipe(found[0].request_device_sync(required_features=["shader-f16"]))
 
-    def run(self, program: Program, m: int, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, program: Program, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         usage = wgpu.BufferUsage
-        tensors = tensors_before(program, m, inputs)
+        tensors = tensors_before(program, inputs)
         memory = {
             name: self.device.create_buffer_with_data(
                 data=tensor.tobytes() + bytes(-tensor.nbytes % WORD_BYTES), usage=usage.STORAGE | usage.COPY_SRC
@@ -45,7 +45,7 @@ class Lavapipe:
             for name, tensor in tensors.items()
         }
         for kernel, pipeline in self.build(program):
-            launch = kernel.launch(m)
+            launch = kernel.launch(sizes_of(program, inputs))
             numbers = np.array(launch.numbers, np.uint32)
             uniform = self.device.create_buffer_with_data(data=numbers.tobytes(), usage=usage.UNIFORM)
             bound = [*(memory[each] for each in launch.arguments if isinstance(each, str)), uniform]

@@ -8,7 +8,7 @@ import numpy as np
 import pyopencl as cl
 import pytest
 from device_kernels import DeviceKernel, device_kernels
-from software_device import missing, tensors_before
+from software_device import missing, sizes_of, tensors_before
 
 from qsparse_export.runtimes.tvm.gpu.program import Program
 
@@ -35,12 +35,12 @@ class Pocl:
         context = cl.Context(platforms[0].get_devices()[:1])
         return Pocl(context, cl.CommandQueue(context))
 
-    def run(self, program: Program, m: int, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        tensors = tensors_before(program, m, inputs)
+    def run(self, program: Program, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tensors = tensors_before(program, inputs)
         flags = cl.mem_flags.READ_WRITE | cl.mem_flags.COPY_HOST_PTR
         memory = {name: cl.Buffer(self.context, flags, hostbuf=tensor) for name, tensor in tensors.items()}
         for kernel, function in self.build(program):
-            launch = kernel.launch(m)
+            launch = kernel.launch(sizes_of(program, inputs))
             arguments = [memory[each] if isinstance(each, str) else np.int32(each) for each in launch.arguments]
             items = launch.blocks_x * launch.threads, launch.blocks_y
             function(self.queue, items, (launch.threads, 1), *arguments)

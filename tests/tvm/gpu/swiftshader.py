@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from device_kernels import DeviceKernel, device_kernels
-from software_device import missing, tensors_before
+from software_device import missing, sizes_of, tensors_before
 
 from qsparse_export.runtimes.tvm.gpu.program import Program
 
@@ -35,9 +35,10 @@ class Swiftshader:
     jobs: queue.Queue[bytes] = field(default_factory=queue.Queue)
     results: queue.Queue[bytes] = field(default_factory=queue.Queue)
 
-    def run(self, program: Program, m: int, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        tensors = tensors_before(program, m, inputs)
-        kernels = [_launch(kernel, m) for kernel in device_kernels(program, "webgpu")]
+    def run(self, program: Program, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tensors = tensors_before(program, inputs)
+        sizes = sizes_of(program, inputs)
+        kernels = [_launch(kernel, sizes) for kernel in device_kernels(program, "webgpu")]
         encoded = {name: base64.b64encode(tensor.tobytes()).decode() for name, tensor in tensors.items()}
         self.jobs.put(json.dumps({"tensors": encoded, "kernels": kernels}).encode())
         result = json.loads(self.results.get(timeout=MOST_SECONDS))
@@ -50,8 +51,8 @@ class Swiftshader:
         }
 
 
-def _launch(kernel: DeviceKernel, m: int) -> dict[str, object]:
-    launch = kernel.launch(m)
+def _launch(kernel: DeviceKernel, sizes: dict[str, int]) -> dict[str, object]:
+    launch = kernel.launch(sizes)
     return {
         "name": kernel.name,
         "source": kernel.source,
