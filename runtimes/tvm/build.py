@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ COMPILERS = {
 """Triple to the program that links for it on another machine, and the Debian package that brings it."""
 
 
-def pipeline() -> Any:
-    """TVM's own build pipeline for a CPU, with a reshape that is a view and standard ops fused.
+def pipeline(schedule: Sequence[Any] = ()) -> Any:
+    """TVM's own build pipeline, with a reshape that is a view and standard ops fused; ``schedule`` are the passes that
+    schedule what TVM makes of standard ops, on a device where that must be done.
 
     TVM tells reshapes from other kernels by a pattern (RewriteDataflowReshape), and fails on kernels that are no blocks: so
     the op itself is left for the virtual machine.
@@ -35,6 +37,7 @@ def pipeline() -> Any:
             transform.FoldConstant(),
             transform.FuseOps(),
             transform.FuseTIR(),
+            *schedule,
             transform.ToNonDataflow(),
             transform.RemovePurityChecking(),
             transform.CallTIRRewrite(),

@@ -14,18 +14,7 @@ from tvm import ir, relax, tirx
 from tvm.relax.frontend.onnx.onnx_frontend import OnnxOpConverter
 
 from qsparse_export.errors import ExportError
-from qsparse_export.runtimes.tvm.kernels.cached_attention import cached_attention
-from qsparse_export.runtimes.tvm.kernels.dense_matmul import dense_matmul
-from qsparse_export.runtimes.tvm.kernels.dense_matmul_nbits import dense_matmul_nbits
-from qsparse_export.runtimes.tvm.kernels.gated_activation import gated_activation
-from qsparse_export.runtimes.tvm.kernels.gather_nbits import gather_nbits
-from qsparse_export.runtimes.tvm.kernels.rms_norm import add_rms_norm, rms_norm
-from qsparse_export.runtimes.tvm.kernels.sparse_matmul import sparse_matmul
-from qsparse_export.runtimes.tvm.kernels.sparse_matmul_nbits import sparse_matmul_nbits
-from qsparse_export.runtimes.tvm.kernels.sparse_ternary_matmul import sparse_ternary_matmul
-from qsparse_export.runtimes.tvm.kernels.topk_sparsify import topk_sparsify
-from qsparse_export.runtimes.tvm.lanes import Lanes
-from qsparse_export.runtimes.tvm.tiling import Tilings
+from qsparse_export.runtimes.tvm.kernel_set import KernelSet
 
 Attributes = dict[str, Any]
 Converter = Callable[[relax.BlockBuilder, list[Any], Attributes], Any]
@@ -35,18 +24,13 @@ _EPSILON = 1e-5  # of ONNX's RMSNormalization where the node says none
 
 
 class Converters:
-    """The converters of one import; ``otherwise`` are TVM's own, for what a kernel of ours does not take.
+    """The converters of one import; ``otherwise`` are TVM's own, for what a kernel of ours does not take."""
 
-    ``tilings`` say how the work of a product is cut.
-    """
-
-    def __init__(self, lanes: Lanes, tilings: Tilings, otherwise: Otherwise, opset: int) -> None:
-        self._lanes = lanes
-        self._tilings = tilings
+    def __init__(self, kernels: KernelSet, otherwise: Otherwise, opset: int) -> None:
+        self._kernels = kernels
         self._otherwise = otherwise
         self._opset = opset
         self._rows: dict[Any, Any] = {}
-        self._kernels: dict[tuple[Any, ...], Any] = {}
         self._caches: list[Any] = []
 
     def table(self) -> dict[str, type[OnnxOpConverter]]:
@@ -64,6 +48,7 @@ class Converters:
             "TopKSparsify": self._topk_sparsify,
         }
         standard = {
+            "Gather": self._gather,
             "Gemm": self._gemm,
             "MatMul": self._matmul,
             "RMSNormalization": self._rms_norm,
@@ -83,19 +68,6 @@ class Converters:
 
         return type(name, (OnnxOpConverter,), {"_impl_v1": staticmethod(_impl)})
 
-    def _kernel(self, builder: Any, make: Callable[..., tirx.PrimFunc], **static: Any) -> Any:
-        """The kernel with these static values, made and added to the module once."""
-        key = (make.__name__, *sorted(static.items()))
-        if key not in self._kernels:
-            private = make(self._lanes, **static).without_attr("global_symbol")  # the module names it
-            self._kernels[key] = builder.add_func(private, make.__name__)
-        return self._kernels[key]
-
-    def _tiled(self, builder: Any, make: Callable[..., tirx.PrimFunc], inputs: list[Any], **static: Any) -> Any:
-        """The same for a product, whose work is cut into tiles; ``inputs`` are x and the weights."""
-        tiling = self._tilings.choose(make, static, int(_shape(inputs[1])[-1]))
-        return self._kernel(builder, make, **static, tiling=tiling)
-
     def _as_rows(self, builder: Any, x: Any) -> Any:
         """``x`` [..., K] as [M, K]."""
         if x in self._rows:
@@ -111,66 +83,61 @@ class Converters:
         self._rows[result] = rows
         return result
 
-    def _call(self, builder: Any, kernel: Any, arguments: list[Any], lead: list[Any], width: int) -> Any:
+    def _call(
+        self, builder: Any, name: str, arguments: list[Any], static: Attributes, lead: list[Any], width: int
+    ) -> Any:
         """The float32 [*lead, width] that a kernel makes of rows."""
         out = relax.TensorType((_product(lead), width), "float32")
-        return self._with_lead(builder, builder.emit(relax.op.call_tir(kernel, arguments, out)), lead)
+        return self._with_lead(builder, self._kernels.call(builder, name, arguments, static, [out])[0], lead)
 
-    def _product_of(self, builder: Any, kernel: Any, inputs: list[Any], width: int) -> Any:
+    def _product_of(self, builder: Any, name: str, inputs: list[Any], static: Attributes, width: int) -> Any:
         x, *others = inputs
-        return self._call(builder, kernel, [self._as_rows(builder, x), *others], _shape(x)[:-1], width)
+        return self._call(builder, name, [self._as_rows(builder, x), *others], static, _shape(x)[:-1], width)
 
     def _sparse_ternary_matmul(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
-        selection = _selection(inputs, attributes)
-        kernel = self._tiled(builder, sparse_ternary_matmul, inputs, **selection, n=attributes["n"])
-        return self._product_of(builder, kernel, inputs, sum(attributes["n"]))
+        static = {**_selection(inputs, attributes), "n": attributes["n"]}
+        return self._product_of(builder, "sparse_ternary_matmul", inputs, static, sum(attributes["n"]))
 
     def _ternary_matmul(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
         k_in, n = int(_shape(inputs[0])[-1]), attributes["n"]
-        everything = {"k_in": k_in, "k": k_in, "block": 0, "rescale": "none"}
-        kernel = self._tiled(builder, sparse_ternary_matmul, inputs, **everything, n=(n,))
-        return self._product_of(builder, kernel, inputs, n)
+        static = {"k_in": k_in, "k": k_in, "block": 0, "rescale": "none", "n": (n,)}
+        return self._product_of(builder, "sparse_ternary_matmul", inputs, static, n)
 
     def _sparse_matmul_nbits(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
-        sizes = {name: attributes[name] for name in ("n", "bits", "group")}
-        kernel = self._tiled(builder, sparse_matmul_nbits, inputs, **_selection(inputs, attributes), **sizes)
-        return self._product_of(builder, kernel, inputs, sum(attributes["n"]))
+        static = {**_selection(inputs, attributes), **{name: attributes[name] for name in ("n", "bits", "group")}}
+        return self._product_of(builder, "sparse_matmul_nbits", inputs, static, sum(attributes["n"]))
 
     def _sparse_matmul(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
-        kernel = self._kernel(builder, sparse_matmul, **_selection(inputs, attributes), n=attributes["n"])
-        return self._product_of(builder, kernel, inputs, sum(attributes["n"]))
+        static = {**_selection(inputs, attributes), "n": attributes["n"]}
+        return self._product_of(builder, "sparse_matmul", inputs, static, sum(attributes["n"]))
 
     def _dense_matmul_nbits(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
-        sizes = {"k_in": attributes["k"], **{name: attributes[name] for name in ("n", "bits", "group")}}
-        kernel = self._tiled(builder, dense_matmul_nbits, inputs, **sizes)
-        return self._product_of(builder, kernel, inputs, attributes["n"])
+        static = {"k_in": attributes["k"], **{name: attributes[name] for name in ("n", "bits", "group")}}
+        return self._product_of(builder, "dense_matmul_nbits", inputs, static, attributes["n"])
 
     def _topk_sparsify(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
-        selection = _selection(inputs, attributes)
-        kernel = self._kernel(builder, topk_sparsify, **selection)
-        return self._product_of(builder, kernel, inputs, selection["k_in"])
+        static = _selection(inputs, attributes)
+        return self._product_of(builder, "topk_sparsify", inputs, static, static["k_in"])
 
     def _gated_activation(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
         width = int(_shape(inputs[0])[-1]) // 2
-        kernel = self._kernel(builder, gated_activation, n=width, activation=attributes["activation"].decode())
-        return self._product_of(builder, kernel, inputs, width)
+        static = {"n": width, "activation": attributes["activation"].decode()}
+        return self._product_of(builder, "gated_activation", inputs, static, width)
 
     def _gather_nbits(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
         ids, w, scales = inputs
-        sizes = {name: attributes[name] for name in ("k", "bits", "group")}
-        kernel = self._kernel(builder, gather_nbits, n=int(_shape(w)[0]), **sizes)
+        static = {"n": int(_shape(w)[0]), **{name: attributes[name] for name in ("k", "bits", "group")}}
         lead = _shape(ids)
         flat = ids if len(lead) == 1 else builder.emit(relax.op.reshape(ids, (_product(lead),)))
-        return self._call(builder, kernel, [flat, w, scales], lead, attributes["k"])
+        return self._call(builder, "gather_nbits", [flat, w, scales], static, lead, attributes["k"])
 
     def _add_rms_norm(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
         x, residual, weight = inputs
         *lead, width = _shape(x)
-        kernel = self._kernel(builder, add_rms_norm, n=int(width), epsilon=attributes["epsilon"])
         out = relax.TensorType((_product(lead), width), "float32")
         arguments = [self._as_rows(builder, x), self._as_rows(builder, residual), weight]
-        both = builder.emit(relax.op.call_tir(kernel, arguments, [out, out]))
-        parts = (builder.emit(relax.TupleGetItem(both, i)) for i in range(2))
+        static = {"n": int(width), "epsilon": attributes["epsilon"]}
+        parts = self._kernels.call(builder, "add_rms_norm", arguments, static, [out, out])
         return relax.Tuple([self._with_lead(builder, part, lead) for part in parts])
 
     def _rms_norm(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
@@ -178,8 +145,18 @@ class Converters:
         *lead, width = _shape(x)
         if attributes.get("axis", -1) not in (-1, len(lead)) or not (_is_float32(x) and isinstance(width, tirx.IntImm)):
             return None
-        kernel = self._kernel(builder, rms_norm, n=int(width), epsilon=attributes.get("epsilon", _EPSILON))
-        return self._product_of(builder, kernel, inputs, int(width))
+        static = {"n": int(width), "epsilon": attributes.get("epsilon", _EPSILON)}
+        return self._product_of(builder, "rms_norm", inputs, static, int(width))
+
+    def _gather(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
+        """Rows of a matrix. TVM's own converter reads their number from a tensor at run time, in the memory of the CPU."""
+        w, ids = inputs
+        if not _is_weight(w) or attributes.get("axis", 0) != 0 or isinstance(ids.ty, ir.PrimType):
+            return None
+        zero, rows = (relax.const(number, str(ids.ty.dtype)) for number in (0, int(_shape(w)[0])))
+        from_end = builder.emit(relax.op.less(ids, zero))
+        taken = builder.emit(relax.op.where(from_end, builder.emit(relax.op.add(ids, rows)), ids))
+        return builder.emit(relax.op.take(w, taken, axis=0, mode="fast"))
 
     def _gemm(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
         x, w, *bias = inputs
@@ -191,8 +168,7 @@ class Converters:
             product = self._matmul(builder, [x, w], {})
         else:
             n, k_in = (int(size) for size in _shape(w))
-            kernel = self._kernel(builder, dense_matmul, k_in=k_in, n=n)
-            product = self._product_of(builder, kernel, [x, w], n)
+            product = self._product_of(builder, "dense_matmul", [x, w], {"k_in": k_in, "n": n}, n)
         return builder.emit(relax.op.add(product, bias[0])) if bias else product
 
     def _reshape(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
@@ -204,8 +180,8 @@ class Converters:
         if not _is_weight(w) or not _is_float32(x) or len(_shape(x)) < 2:
             return None
         k_in, n = (int(size) for size in _shape(w))
-        kernel = self._kernel(builder, sparse_matmul, k_in=k_in, n=(n,), k=k_in, block=0, rescale="none")
-        return self._product_of(builder, kernel, inputs, n)
+        static = {"k_in": k_in, "n": (n,), "k": k_in, "block": 0, "rescale": "none"}
+        return self._product_of(builder, "sparse_matmul", inputs, static, n)
 
     def _cached_attention(self, builder: Any, inputs: list[Any], attributes: Attributes) -> Any:
         qkv, cos, sin, visible, key, value = inputs
@@ -219,11 +195,10 @@ class Converters:
         heads, kv_heads = attributes["heads"], attributes["kv_heads"]
         *lead, row = _shape(qkv)
         width = int(row) // (heads + 2 * kv_heads)
-        kernel = self._kernel(builder, cached_attention, heads=heads, kv_heads=kv_heads, width=width)
+        static = {"heads": heads, "kv_heads": kv_heads, "width": width}
         arguments = [self._as_rows(builder, qkv), cos, sin, visible, key, value]
         y = relax.TensorType((_product(lead), heads * width), "float32")
-        call = relax.op.call_tir_inplace(kernel, arguments, [-1, 4, 5], [y, key.ty, value.ty])
-        parts = [builder.emit(relax.TupleGetItem(builder.emit(call), i)) for i in range(3)]
+        parts = self._kernels.call(builder, "cached_attention", arguments, static, [y, 4, 5])
         return relax.Tuple([self._with_lead(builder, parts[0], lead), *parts[1:]])
 
 

@@ -15,15 +15,14 @@ from tvm.relax.frontend.onnx import onnx_frontend
 
 from qsparse_export.errors import ExportError, QSparseError
 from qsparse_export.runtimes.tvm.converters import Converters
-from qsparse_export.runtimes.tvm.lanes import Lanes
-from qsparse_export.runtimes.tvm.tiling import Tilings
+from qsparse_export.runtimes.tvm.kernel_set import KernelSet
 from qsparse_export.runtimes.tvm.weights import Weight
 
 
-def imported(rest: onnx.ModelProto, weights: tuple[Weight, ...], lanes: Lanes, tilings: Tilings) -> Any:
+def imported(rest: onnx.ModelProto, weights: tuple[Weight, ...], kernels: KernelSet) -> Any:
     """``rest`` as an IRModule whose function ``main`` takes the graph's inputs and then ``weights``.
 
-    ``tilings``: see :class:`~qsparse_export.runtimes.tvm.converters.Converters`.
+    ``kernels`` are those of the device.
 
     Raises ExportError, with what TVM says, for a graph that its importer does not take.
     """
@@ -38,7 +37,7 @@ def imported(rest: onnx.ModelProto, weights: tuple[Weight, ...], lanes: Lanes, t
         model.graph.input.append(onnx.helper.make_tensor_value_info(weight.name, element, weight.shape))
     _make_initialisers(model.graph)
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    converters = Converters(lanes, tilings, onnx_frontend._get_convert_map(), opset)
+    converters = Converters(kernels, onnx_frontend._get_convert_map(), opset)
     try:
         with _converters(converters.table()), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about names of inputs, and ops that onnx does not know

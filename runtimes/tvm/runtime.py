@@ -156,9 +156,10 @@ class TvmRuntime:
 def _build(program: Program, target: Target, tilings: Tilings, file: Path) -> None:
     from qsparse_export.runtimes.tvm.build import build, linker
     from qsparse_export.runtimes.tvm.importer import imported
+    from qsparse_export.runtimes.tvm.kernels.cpu_kernels import CpuKernels
     from qsparse_export.targets.detect import host
 
-    module = imported(program.cut.rest, program.weights, lanes_of(target), tilings)
+    module = imported(program.cut.rest, program.weights, CpuKernels(lanes_of(target), tilings))
     build(module, tvm_target(target), file, linker(target.triple, host().triple))
 
 

@@ -27,6 +27,7 @@ from qsparse_export.runtimes.base import Tuning
 from qsparse_export.runtimes.tvm.build import linker
 from qsparse_export.runtimes.tvm.codegen import lanes_of, runs_here, tvm_target
 from qsparse_export.runtimes.tvm.importer import imported
+from qsparse_export.runtimes.tvm.kernels.cpu_kernels import CpuKernels
 from qsparse_export.runtimes.tvm.kernels.dense_matmul_nbits import dense_matmul_nbits
 from qsparse_export.runtimes.tvm.lanes import Lanes
 from qsparse_export.runtimes.tvm.session import Program
@@ -213,7 +214,7 @@ def chosen_tilings(program: Program, target: Target, tuning: Tuning) -> tuple[Ti
     lanes, cores = lanes_of(target), cores_of(target)
     folder = tuning.database or default_database()
     recorded = RecordedKernels(cores)
-    imported(program.cut.rest, program.weights, lanes, recorded)
+    imported(program.cut.rest, program.weights, CpuKernels(lanes, recorded))
     kernels = list(recorded.kernels.values())
     if not (tuning.trials or tuning.database or folder.is_dir()):
         return DefaultTilings(cores), {kernel.label: asdict(kernel.tilings[0]) for kernel in kernels}

@@ -12,6 +12,8 @@ import onnx
 from qsparse_export.errors import BundleError
 from qsparse_export.runtimes.tvm.tensors import copied, is_aligned, over
 
+_CODE_BITS = {onnx.TensorProto.INT4: 4, onnx.TensorProto.INT8: 8}
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -45,8 +47,8 @@ def weights_of(graph: onnx.GraphProto) -> tuple[Weight, ...]:
             continue
         offset = next((int(entry.value) for entry in tensor.external_data if entry.key == "offset"), 0)
         shape = tuple(tensor.dims)
-        if tensor.name in codes:
-            bits = 4 if tensor.data_type == onnx.TensorProto.INT4 else 8
+        if tensor.name in codes and tensor.data_type in _CODE_BITS:
+            bits = _CODE_BITS[tensor.data_type]
             weights.append(Weight(tensor.name, "uint8", (*shape[:-1], shape[-1] * bits // 8), offset))
         else:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)

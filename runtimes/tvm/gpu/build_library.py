@@ -6,15 +6,24 @@ import sys
 from pathlib import Path
 
 import tvm
+from tvm.s_tir import dlight
+
+from qsparse_export.runtimes.tvm.build import pipeline
 
 
 def build(module: Path, kind: str, arch: str, host_triple: str, compiler: str, library: Path) -> None:
-    """Compile the functions in ``module`` and link ``library`` with ``compiler``."""
+    """Compile the functions in ``module``, of Relax too, and link ``library`` with ``compiler``."""
     device = {"kind": kind, "arch": arch} if arch else {"kind": kind}
     host = {"kind": "llvm", "mtriple": host_triple} if host_triple else {"kind": "llvm"}
     target = tvm.target.Target(device, host=host)
-    with target:  # what TVM calls nvcc for is the current target
-        built = tvm.compile(tvm.ir.load_json(module.read_text("utf-8")), target=target)
+    gpu = dlight.gpu
+    schedule = dlight.ApplyDefaultSchedule(
+        gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback()
+    )
+    with target:  # what TVM calls nvcc for, and schedules for, is the current target
+        built = tvm.compile(
+            tvm.ir.load_json(module.read_text("utf-8")), target=target, relax_pipeline=pipeline([schedule])
+        )
     built.export_library(str(library), fcompile=tvm.support.cc.cross_compiler(compiler))
 
 

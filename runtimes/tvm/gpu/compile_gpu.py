@@ -23,6 +23,7 @@ from qsparse_export.runtimes.tvm.environment import require_tvm
 from qsparse_export.runtimes.tvm.gpu.cubins import cubin_architectures
 
 if TYPE_CHECKING:
+    import tvm
     from tvm import tirx
 
 KINDS = ("cuda", "opencl")
@@ -59,20 +60,47 @@ def compile_gpu(functions: Sequence[tirx.PrimFunc], kind: str, arch: str, librar
         raise UsageError(
             f"the functions are named {', '.join(names) or 'nothing'}; expected at least one, each another name"
         )
+    module = tvm.IRModule(dict(zip(names, functions, strict=True)))
+    _compile(module, ", ".join(names), kind, [arch] if arch else [], library, host_triple, HOST_COMPILERS[host_triple])
+
+
+def compile_cuda_module(
+    module: tvm.IRModule, architectures: Sequence[str], library: Path, host_triple: str, compiler: str
+) -> None:
+    """Write ``library``, with Relax's virtual machine code of ``module`` and machine code for each of ``architectures`` (of
+    ARCHITECTURES), linked by ``compiler`` for a host of ``host_triple``; or write nothing.
+
+    TargetError when nvcc is missing, compiling fails, or the result lacks machine code for one of them.
+    """
+    _compile(module, "the graph", "cuda", sorted(architectures), library, host_triple, compiler)
+
+
+def _compile(
+    module: tvm.IRModule,
+    what: str,
+    kind: str,
+    architectures: Sequence[str],
+    library: Path,
+    host_triple: str,
+    compiler: str,
+) -> None:
+    import tvm
+
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{library.name}-") as folder:
-        module, made = Path(folder) / "module.json", Path(folder) / "library.so"
-        module.write_text(tvm.ir.save_json(tvm.IRModule(dict(zip(names, functions, strict=True)))), "utf-8")
-        environment = cuda_environment(Path(folder)) if kind == "cuda" else dict(os.environ)
-        compiler = _tool(HOST_COMPILERS[host_triple])
-        command = [sys.executable, "-P", "-m", CHILD, str(module), kind, arch, host_triple, compiler, str(made)]
+        given, made = Path(folder) / "module.json", Path(folder) / "library.so"
+        given.write_text(tvm.ir.save_json(module), "utf-8")
+        environment = cuda_environment(Path(folder), architectures[1:]) if kind == "cuda" else dict(os.environ)
+        arch = architectures[0] if architectures else ""
+        command = [sys.executable, "-P", "-m", CHILD, str(given), kind, arch, host_triple, _tool(compiler), str(made)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        label = f"{kind} {', '.join(architectures)}".strip()
         if done.returncode != 0 or not made.exists():
-            raise TargetError(f"TVM could not compile {', '.join(names)} for {kind} {arch}:\n{done.stderr[-4000:]}")
+            raise TargetError(f"TVM could not compile {what} for {label}:\n{done.stderr[-4000:]}")
         found = set(cubin_architectures(made.read_bytes()))
-        if kind == "cuda" and found != {arch}:
+        if kind == "cuda" and found != set(architectures):
             raise TargetError(
-                f"what TVM compiled for {arch} holds machine code for {', '.join(sorted(found)) or 'no GPU'}; "
-                "expected that architecture alone. TVM embeds source when it does not find libcuda.so.1 or nvcc"
+                f"what TVM compiled for {label} holds machine code for {', '.join(sorted(found)) or 'no GPU'}; "
+                "expected no more and no less. TVM embeds source when it does not find libcuda.so.1 or nvcc"
             )
         os.replace(made, library)
 
@@ -89,10 +117,10 @@ def _check(kind: str, arch: str, host_triple: str) -> None:
         raise UsageError(f"{host_triple!r} is no host known here; {near_names(host_triple, HOST_COMPILERS)}")
 
 
-def cuda_environment(folder: Path) -> dict[str, str]:
+def cuda_environment(folder: Path, more: Sequence[str] = ()) -> dict[str, str]:
     """Environment of a process in which TVM compiles for CUDA, exactly and without a GPU; the stub goes to ``folder``.
 
-    TargetError when nvcc, its runtime library or a C compiler is missing.
+    ``more`` are architectures beside the one of TVM's target, which knows of one alone. TargetError when nvcc, its runtime library or a C compiler is missing.
     """
     nvcc = find_nvcc()
     source = folder / "libcuda_stub.c"
@@ -100,6 +128,8 @@ def cuda_environment(folder: Path) -> dict[str, str]:
     stub = folder / "libcuda.so.1"
     command = [_tool("cc"), "-shared", "-fPIC", f"-Wl,-soname,{stub.name}", "-o", str(stub), str(source)]
     subprocess.run(command, check=True, capture_output=True)
+    flags = [os.environ.get("NVCC_APPEND_FLAGS", ""), "--no-compress", "--disable-warnings"]
+    flags += [f"-gencode arch=compute_{arch[3:]},code={arch}" for arch in more]
     libraries = [str(folder), *map(str, _runtime_folders(nvcc)), os.environ.get("LD_LIBRARY_PATH", "")]
     return {
         **os.environ,
@@ -108,7 +138,7 @@ def cuda_environment(folder: Path) -> dict[str, str]:
         "TVM_CUDA_COMPILE_MODE": "nvcc",
         "TVM_CUDA_NVCC_NO_FAST_MATH": "1",
         # Warnings are of variables that TVM binds and does not use: thousands of characters before an error.
-        "NVCC_APPEND_FLAGS": f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --no-compress --disable-warnings".strip(),
+        "NVCC_APPEND_FLAGS": " ".join(filter(None, flags)),
     }
 
 

@@ -3,10 +3,52 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 
 from qsparse_export.runtimes.tvm.gpu.output_major import WORD_BYTES
+
+_BITS = {
+    onnx.TensorProto.INT4: 4,
+    onnx.TensorProto.INT8: 8,
+    onnx.TensorProto.UINT8: 8,
+    onnx.TensorProto.FLOAT16: 16,
+}
+_WORD = onnx.TensorProto.UINT32
+_CHANNEL_MAJOR = {
+    "SparseTernaryMatMul": {1: _WORD},
+    "TernaryMatMul": {1: _WORD},
+    "SparseMatMulNBits": {1: _WORD, 2: _WORD},
+}
+_OUTPUT_MAJOR = {1: _WORD, 2: onnx.TensorProto.UINT16}
+_WEIGHTS = {**_CHANNEL_MAJOR, "DenseMatMulNBits": _OUTPUT_MAJOR, "GatherNBits": _OUTPUT_MAJOR}
+"""Op to the places of its weights and scales among the inputs, and the type that they get."""
+_TYPE_BITS = {_WORD: 8 * WORD_BYTES, onnx.TensorProto.UINT16: 16}
 
 
 def as_words(rows: np.ndarray) -> np.ndarray:
     """uint8 [..., bytes] as uint32 [..., words], or as it is where the last word would not be whole."""
     return rows if rows.shape[-1] % WORD_BYTES else np.ascontiguousarray(rows).view(np.uint32)
+
+
+def in_words(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose packed weights and scales have the types that the kernels declare; their bytes stay what they are."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    wanted = {
+        node.input[place]: dtype
+        for node in result.graph.node
+        for place, dtype in _WEIGHTS.get(node.op_type, {}).items()
+    }
+    for tensor in result.graph.initializer:
+        if tensor.name in wanted and tensor.data_type in _BITS:
+            row_bits, unit = tensor.dims[-1] * _BITS[tensor.data_type], _TYPE_BITS[wanted[tensor.name]]
+            if row_bits % unit == 0:
+                _retype(tensor, wanted[tensor.name], row_bits // unit)
+    return result
+
+
+def _retype(tensor: onnx.TensorProto, dtype: int, width: int) -> None:
+    if tensor.data_location != onnx.TensorProto.EXTERNAL and not tensor.HasField("raw_data"):
+        tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor), tensor.name))
+    tensor.data_type = dtype
+    tensor.dims[-1] = width
