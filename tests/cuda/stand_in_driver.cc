@@ -1,5 +1,5 @@
-// The part of the driver with which TVM loads and launches kernels. STAND_IN_KERNELS names a folder: each image X.image in
-// it has a library X.so of the same kernels for the host (host_kernels.py); a launch runs those.
+// The part of the driver with which TVM loads and launches kernels. STAND_IN_KERNELS names a folder: beside each file
+// "image" in its folders lies "host.so" of the same kernels for the host (host_kernels.py); a launch runs those.
 #include <cuda.h>
 #include <dlfcn.h>
 #include <glob.h>
@@ -85,10 +85,10 @@ std::string library_of(const char* image) {
   const char* folder = getenv("STAND_IN_KERNELS");
   glob_t found = {};
   std::string library;
-  if (folder != nullptr && glob((std::string(folder) + "/*.image").c_str(), 0, nullptr, &found) == 0) {
+  if (folder != nullptr && glob((std::string(folder) + "/*/image").c_str(), 0, nullptr, &found) == 0) {
     for (size_t i = 0; i < found.gl_pathc && library.empty(); ++i) {
       const std::string path = found.gl_pathv[i];
-      if (is_image(path, image)) library = path.substr(0, path.rfind('.')) + ".so";
+      if (is_image(path, image)) library = path.substr(0, path.rfind('/')) + "/host.so";
     }
     globfree(&found);
   }

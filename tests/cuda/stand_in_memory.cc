@@ -115,7 +115,8 @@ std::string check(const void* begin, size_t bytes) {
     return describe(begin);
   }
   const size_t left = allocation->begin + allocation->bytes - first;
-  if (bytes > left) return std::to_string(bytes) + " bytes of which " + name(*allocation) + " has " + std::to_string(left);
+  if (bytes > left)
+    return std::to_string(bytes) + " bytes of which " + name(*allocation) + " has " + std::to_string(left);
   return "";
 }
 

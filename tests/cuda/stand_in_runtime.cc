@@ -1,8 +1,8 @@
 // The CUDA runtime for a machine without a GPU: one device of compute capability 8.9 whose memory is the host's, and
 // streams in which nothing waits: work is done when it is enqueued, or when the graph that has captured it is launched.
 //
-// For ONNX Runtime's CUDA provider stand_in.py adds every other function, as one that succeeds, so that kernels do nothing.
-// For TVM stand_in_driver.cc runs kernels; then memory is garbage at first.
+// For ONNX Runtime's CUDA provider stand_in.py adds every other function, as one that succeeds, so that kernels do
+// nothing. For TVM stand_in_driver.cc runs kernels; then memory is garbage at first.
 #include <cuda_runtime_api.h>
 #include <stdlib.h>
 #include <string.h>
@@ -75,7 +75,8 @@ bool is_device(cudaMemcpyKind kind, bool is_target) {
 
 cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   if (bytes == 0) return cudaSuccess;
-  for (const auto& [side, memory, is_target] : {std::tuple("to", static_cast<const void*>(to), true), {"from", from, false}}) {
+  for (const auto& [side, memory, is_target] :
+       {std::tuple("to", static_cast<const void*>(to), true), {"from", from, false}}) {
     const std::string problem = is_device(kind, is_target) ? stand_in::check(memory, bytes) : "";
     if (!problem.empty()) return fail(cudaErrorInvalidValue, std::string("a copy ") + side + " " + problem);
   }

@@ -1,5 +1,5 @@
-// Between the two halves of the stand-in, the CUDA runtime and the driver: work in the order of its stream, or recorded by
-// a capture; what went wrong; and what is counted.
+// Between the two halves of the stand-in, the CUDA runtime and the driver: work in the order of its stream, or recorded
+// by a capture; what went wrong; and what is counted.
 #ifndef QSK_TESTS_CUDA_STAND_IN_WORK_H_
 #define QSK_TESTS_CUDA_STAND_IN_WORK_H_
 

@@ -1,4 +1,4 @@
-"""Makes the modules of this folder, of tests/cuda and the cases of the CPU kernels importable; opens the software devices once."""
+"""Makes the modules of this folder, of tests/cuda and of tests/kernels importable; opens the software devices once."""
 
 import sys
 from collections.abc import Iterator
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parents[2]
-sys.path += [str(Path(__file__).parent), str(TESTS / "cuda"), str(TESTS / "kernels")]
+sys.path += [str(Path(__file__).parent), *(str(Path(__file__).parents[2] / name) for name in ("cuda", "kernels"))]
 
 from emulated_cuda import EmulatedCuda
 from lavapipe import Lavapipe

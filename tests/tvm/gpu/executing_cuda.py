@@ -62,8 +62,8 @@ while [ $# -gt 0 ]; do
   shift
 done
 if [ -n "$made" ] && [ -n "$source" ]; then
-  kept=$(mktemp "{folder}/kernelsXXXXXX")
-  cp "$made" "$kept.image" && cp "$source" "$kept.cu"
+  kept=$(mktemp -d "{folder}/kernels-XXXXXX")
+  cp "$made" "$kept/image" && cp "$source" "$kept/source.cu"
 fi
 """
 
@@ -114,8 +114,8 @@ class StandIn:
 
     def build(self) -> None:
         """What was kept and is not yet built, for the host."""
-        for source in sorted(self.folder.glob("kernels*.cu")):
-            library = source.with_suffix(".so")
+        for source in sorted(self.folder.glob("*/source.cu")):
+            library = source.parent / "host.so"
             if not library.exists():
                 compile_for_host([source.read_text("utf-8")], library)
 
@@ -142,7 +142,7 @@ class StandIn:
                     done.append(Done(dict(loaded), counts))
             return done
 
-    def python(self, script: Path, *arguments: Path) -> str:
+    def python(self, script: Path, *arguments: Path | str) -> str:
         """What a script prints in a process of its own, with the modules that this process has."""
         command = [sys.executable, "-P", str(script), *map(str, arguments)]
         done = subprocess.run(command, env=self.running(), capture_output=True, text=True, check=False)

@@ -1,10 +1,10 @@
-"""LIBRARY ARCH LAUNCHES: a Relax module with products of ours, an op that TVM schedules, and a cache that is written in place.
+"""LIBRARY ARCH: a Relax module with products of ours, an op that TVM schedules, and a cache that is written in place.
 
-    main(x [3, 96], ternary, ternary_scales, nbits, nbits_scales, cache [3, 40]) -> (ternary [3, 64], probabilities [3, 40], cache)
+    main(x [3, 96], ternary, ternary_scales, nbits, nbits_scales, cache [3, 40])
+        -> (ternary [3, 64], nbits [3, 40], probabilities [3, 40], cache)
 
-where ``ternary`` is the first product of x, ``probabilities`` the softmax of the second one of that, and ``cache`` has been
-added to what it held. Run as a program, with TVM set up to call nvcc, it exports the module; LAUNCHES is
-``single``, or ``captured``: what can be goes into CUDA graphs.
+where ``ternary`` is the first product of x, ``nbits`` the second one of that, ``probabilities`` its softmax, which is added to
+the cache. Run as a program, with TVM set up to call nvcc, it exports the module; what can be goes into CUDA graphs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from qsparse_export.runtimes.tvm.gpu.workgroup import assign, kernel, threads, w
 
 ROWS, WIDTH, MIDDLE, OUTPUTS = 3, 96, 64, 40
 K_TERNARY, K_NBITS, BITS, GROUP = 40, 25, 4, 32
+
+
 def programs() -> tuple[Program, Program]:
     """The two products."""
     return (
@@ -83,12 +85,12 @@ def module() -> tvm.IRModule:
             probabilities = builder.emit(relax.op.nn.softmax(nbits))
             adding = builder.add_func(_scheduled(accumulate()), "accumulate")
             added = builder.emit(relax.op.call_tir_inplace(adding, [probabilities, cache], [1], [cache.ty]))
-            results = builder.emit_output(relax.Tuple([ternary, probabilities, added]))
+            results = builder.emit_output(relax.Tuple([ternary, nbits, probabilities, added]))
         builder.emit_func_output(results)
     return builder.get()
 
 
-def passes(target: tvm.target.Target, captured: bool) -> tvm.transform.Sequential:
+def passes(target: tvm.target.Target) -> tvm.transform.Sequential:
     """TVM's own, without the one that looks for reshapes, which our kernels make fail."""
     transform = relax.transform
     return tvm.transform.Sequential(
@@ -98,7 +100,7 @@ def passes(target: tvm.target.Target, captured: bool) -> tvm.transform.Sequentia
             transform.RemovePurityChecking(),
             transform.CallTIRRewrite(),
             transform.StaticPlanBlockMemory(),
-            *([transform.RewriteCUDAGraph()] if captured else []),
+            transform.RewriteCUDAGraph(),
             transform.LowerAllocTensor(),
             transform.KillAfterLastUse(),
             transform.LowerRuntimeBuiltin(),
@@ -110,8 +112,11 @@ def passes(target: tvm.target.Target, captured: bool) -> tvm.transform.Sequentia
 
 
 if __name__ == "__main__":
-    library, arch, launches = sys.argv[1:]
+    library, arch = sys.argv[1:]
     target = tvm.target.Target({"kind": "cuda", "arch": arch}, host={"kind": "llvm"})
-    with target:  # what TVM calls nvcc for is the current target
-        built = tvm.compile(module(), target, relax_pipeline=passes(target, launches == "captured"))
+    with (
+        target,
+        tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": True}),
+    ):  # what TVM calls nvcc for is the current target
+        built = tvm.compile(module(), target, relax_pipeline=passes(target))
     built.export_library(library)

@@ -49,19 +49,13 @@ T __ldg(const T* address) {
 // The emulation demands that all lanes take part in an exchange.
 inline uint32_t __activemask() { return ~uint32_t{0}; }
 
-#define QSK_VECTORS(Type, name)                                                                                      \
-  struct __align__(2 * sizeof(Type)) name##2 {                                                                       \
-    Type x, y;                                                                                                       \
-  };                                                                                                                 \
-  struct __align__(std::min(16, static_cast<int>(4 * sizeof(Type)))) name##4 {                                       \
-    Type x, y, z, w;                                                                                                 \
-  };                                                                                                                 \
-  inline name##2 make_##name##2(Type x, Type y) { return {x, y}; }                                                   \
+#define QSK_VECTORS(Type, name)                                                                    \
+  struct __align__(2 * sizeof(Type)) name##2 { Type x, y; };                                       \
+  struct __align__(std::min(16, static_cast<int>(4 * sizeof(Type)))) name##4 { Type x, y, z, w; }; \
+  inline name##2 make_##name##2(Type x, Type y) { return {x, y}; }                                 \
   inline name##4 make_##name##4(Type x, Type y, Type z, Type w) { return {x, y, z, w}; }
-#define QSK_VECTOR_PAIR(Type, name)                                \
-  struct __align__(2 * sizeof(Type)) name##2 {                     \
-    Type x, y;                                                     \
-  };                                                               \
+#define QSK_VECTOR_PAIR(Type, name)                          \
+  struct __align__(2 * sizeof(Type)) name##2 { Type x, y; }; \
   inline name##2 make_##name##2(Type x, Type y) { return {x, y}; }
 QSK_VECTORS(float, float)
 QSK_VECTORS(unsigned, uint)
@@ -72,7 +66,7 @@ QSK_VECTORS(unsigned char, uchar)
 QSK_VECTORS(long long, longlong)
 QSK_VECTORS(unsigned long long, ulonglong)
 QSK_VECTORS(double, double)
-QSK_VECTOR_PAIR(int, int)   // int4 is the emulation's
+QSK_VECTOR_PAIR(int, int)    // int4 is the emulation's
 QSK_VECTOR_PAIR(half, half)  // half4 is TVM's
 using __half2 = half2;
 struct uint1 {
@@ -82,10 +76,10 @@ inline uint1 make_uint1(unsigned x) { return {x}; }
 
 // The variables of kernel number `number` that a block shares: they lie together.
 #define QSK_SHARED_VARIABLE(number) static __attribute__((section("shared_" #number)))
-#define QSK_REGISTER(kernel, most_threads, number)                                                         \
-  extern "C" __attribute__((weak, visibility("hidden"))) char __start_shared_##number[];                   \
-  extern "C" __attribute__((weak, visibility("hidden"))) char __stop_shared_##number[];                    \
-  static const emulated::Registration registered_##kernel(#kernel, &kernel, most_threads,                  \
-                                                          __start_shared_##number, __stop_shared_##number);
+#define QSK_REGISTER(kernel, most_threads, number)                                                                 \
+  extern "C" __attribute__((weak, visibility("hidden"))) char __start_shared_##number[];                           \
+  extern "C" __attribute__((weak, visibility("hidden"))) char __stop_shared_##number[];                            \
+  static const emulated::Registration registered_##kernel(#kernel, &kernel, most_threads, __start_shared_##number, \
+                                                          __stop_shared_##number);
 
 #endif  // QSK_TESTS_TVM_CUDA_H_
