@@ -21,6 +21,7 @@ namespace {
 constexpr size_t kStackBytes = 128 << 10;
 constexpr size_t kSharedLimit = 48 << 10;
 constexpr int kMostThreads = 1024;
+constexpr int kGarbage = 0xA5;
 
 struct Barrier {
   const char* what = nullptr;
@@ -36,6 +37,7 @@ struct Warp {
 
 struct Fiber {
   Thread index = {};
+  int number = 0;
   jmp_buf state;
   char* stack = nullptr;
   bool has_started = false;
@@ -45,11 +47,6 @@ struct Fiber {
   unsigned exchanges = 0;
 };
 
-struct Shared {
-  void* storage;
-  size_t bytes;
-};
-
 std::string failure;
 int order_seed = 0;
 std::vector<Shared> shared_objects;
@@ -57,7 +54,7 @@ std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 Barrier block_barrier;
 Fiber* current = nullptr;
-dim3 block, grid;
+dim3 block, block_threads, grid;
 const std::function<void()>* body = nullptr;
 jmp_buf scheduler;
 
@@ -106,7 +103,10 @@ void* new_stack() {
 
 void resume(Fiber& fiber) {
   current = &fiber;
-  if (_setjmp(scheduler) != 0) return;
+  if (_setjmp(scheduler) != 0) {
+    current = nullptr;
+    return;
+  }
   if (fiber.has_started) _longjmp(fiber.state, 1);
   fiber.has_started = true;
   if (fiber.stack == nullptr) fiber.stack = static_cast<char*>(new_stack());
@@ -124,7 +124,7 @@ bool is_waiting(const Fiber& fiber) {
 }
 
 void poison_shared() {
-  for (const Shared& object : shared_objects) memset(object.storage, 0xA5, object.bytes);
+  for (const Shared& object : shared_objects) memset(object.storage, kGarbage, object.bytes);
 }
 
 // The numbers 0..count-1 in the order that was asked for.
@@ -142,6 +142,7 @@ bool run_ahead(int warp, const std::vector<int>& lanes, int* done) {
   for (bool moves = true; moves && failure.empty();) {
     moves = false;
     for (int lane : lanes) {
+      if (lane >= warps[warp].barrier.expected) continue;
       Fiber& fiber = fibers[warp * kWarp + lane];
       if (fiber.is_done || is_waiting(fiber)) continue;
       resume(fiber);
@@ -158,12 +159,14 @@ void run_block(int threads, const std::vector<int>& warp_order, const std::vecto
   poison_shared();
   block_barrier = {};
   block_barrier.expected = threads;
-  for (Warp& warp : warps) {
-    warp.barrier = {};
-    warp.barrier.expected = kWarp;
+  for (int i = 0; i < static_cast<int>(warps.size()); ++i) {
+    warps[i].barrier = {};
+    warps[i].barrier.expected = std::min(kWarp, threads - kWarp * i);
   }
+  const int width = block_threads.x, height = block_threads.y;
   for (int i = 0; i < threads; ++i) {
-    fibers[i].index.x = i;
+    fibers[i].index = {i % width, i / width % height, i / width / height};
+    fibers[i].number = i;
     fibers[i].is_done = false;
     fibers[i].exchanges = 0;
   }
@@ -177,29 +180,35 @@ void run_block(int threads, const std::vector<int>& warp_order, const std::vecto
     if (has_moved) continue;
     const auto waits = [](const Fiber& fiber) { return !fiber.is_done && fiber.awaited != nullptr; };
     const Fiber& stuck = *std::find_if(fibers.begin(), fibers.end(), waits);
-    fail("thread " + std::to_string(stuck.index.x) + " waits in " + stuck.awaited->what + " for others that " +
+    fail("thread " + std::to_string(stuck.number) + " waits in " + stuck.awaited->what + " for others that " +
          (done > 0 ? "have ended or " : "") + "wait elsewhere");
     return;
   }
 }
 
-std::string limits_broken(int threads) {
+std::string limits_broken() {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return "a grid without blocks";
   if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) return "a grid beyond CUDA's limits";
-  if (threads % kWarp != 0 || threads > kMostThreads) return "a block that is not of whole warps, or too large";
+  const uint64_t threads = uint64_t{block_threads.x} * block_threads.y * block_threads.z;
+  if (threads == 0 || threads > kMostThreads || block_threads.z > 64) {
+    return "a block of " + std::to_string(block_threads.x) + " x " + std::to_string(block_threads.y) + " x " +
+           std::to_string(block_threads.z) + " threads";
+  }
   return "";
 }
 
 }  // namespace
 
-void run_grid(dim3 grid_dim, int threads, const std::function<void()>& kernel) {
+void run_grid(dim3 grid_dim, dim3 block_dim, const std::function<void()>& kernel) {
   grid = grid_dim;
-  fail(limits_broken(threads));
+  block_threads = block_dim;
+  fail(limits_broken());
   if (!failure.empty()) return;
   body = &kernel;
+  const int threads = block_dim.x * block_dim.y * block_dim.z;
   fibers.resize(std::max<size_t>(fibers.size(), threads));
-  warps.resize(threads / kWarp);
-  const std::vector<int> warp_order = turns(threads / kWarp), lane_order = turns(kWarp);
+  warps.resize((threads + kWarp - 1) / kWarp);
+  const std::vector<int> warp_order = turns(warps.size()), lane_order = turns(kWarp);
   for (block.z = 0; block.z < grid.z; ++block.z) {
     for (block.y = 0; block.y < grid.y; ++block.y) {
       for (block.x = 0; block.x < grid.x; ++block.x) {
@@ -216,32 +225,42 @@ void run_grid(dim3 grid_dim, int threads, const std::function<void()>& kernel) {
 }
 
 bool has_failed() { return !failure.empty(); }
+bool is_running() { return current != nullptr; }
+void abandon(const char* message) {
+  fail(message);
+  _longjmp(scheduler, 1);
+}
+
 const Thread& thread_index() { return current->index; }
 const dim3& block_index() { return block; }
+const dim3& block_size() { return block_threads; }
 const dim3& grid_size() { return grid; }
+int lane() { return current->number % kWarp; }
 
 void wait_for_block() { wait_at(block_barrier, "__syncthreads"); }
 
 const char* exchange(const char* what, const void* own, size_t bytes) {
-  Warp& warp = warps[current->index.x / kWarp];
+  Warp& warp = warps[current->number / kWarp];
   auto& slots = warp.slots[current->exchanges++ % 2];
-  memcpy(slots[current->index.x % kWarp], own, bytes);
+  memcpy(slots[lane()], own, bytes);
   wait_at(warp.barrier, what);
   return slots[0];
 }
 
+void set_shared(const std::vector<Shared>& objects) { shared_objects = objects; }
+
 void register_shared(void* storage, size_t bytes) {
   if (bytes > kSharedLimit) fail(std::to_string(bytes) + " bytes of shared memory");
-  memset(storage, 0xA5, bytes);
+  memset(storage, kGarbage, bytes);
   shared_objects.push_back({storage, bytes});
 }
 
 void multiply_tiles(int (&c)[4], const int (&a)[4], const int (&b)[2]) {
   const int own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   const char* all = exchange("mma", own, sizeof own);
-  const int lane = current->index.x % kWarp;
+  const int own_lane = lane();
   for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+    const int row = own_lane / 4 + 8 * (i / 2), column = own_lane % 4 * 2 + i % 2;
     for (int four = 0; four < 8; ++four) {  // the lane and register that hold k = 4 four .. 4 four + 3
       int of_a[6], of_b[6];
       memcpy(of_a, all + kExchangeBytes * (row % 8 * 4 + four % 4), sizeof of_a);

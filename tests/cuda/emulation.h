@@ -3,7 +3,7 @@
 //
 // It is stricter than a GPU. A failure, to be asked for after a call, is: a barrier that not all threads of a block
 // reach; a warp's exchange that not all of its lanes reach, or in which they do different things; shared memory beyond
-// 48 KiB; a grid beyond CUDA's limits. Shared memory holds garbage when a block begins, each warp
+// 48 KiB; a grid or a block beyond CUDA's limits. Shared memory holds garbage when a block begins, each warp
 // runs as far ahead as barriers let it, and which one runs first can be changed: a missing barrier shows as different
 // results.
 #ifndef QSK_TESTS_CUDA_EMULATION_H_
@@ -15,13 +15,14 @@
 #include <string.h>
 
 #include <functional>
+#include <vector>
 
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
 
 struct dim3 {
-  explicit dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
   unsigned x, y, z;
 };
 
@@ -36,23 +37,36 @@ constexpr int kWarp = 32;
 constexpr int kMultiprocessors = 4;
 
 // Runs the kernel, unless something has failed before; has_failed() tells how it went.
-void run_grid(dim3 grid, int threads, const std::function<void()>& kernel);
+void run_grid(dim3 grid, dim3 threads, const std::function<void()>& kernel);
 bool has_failed();
+// Out of a kernel, also out of a signal that it has raised: the grid ends with this failure.
+[[noreturn]] void abandon(const char* failure);
+bool is_running();
 
 struct Thread {
-  int x;
+  int x, y, z;
 };
 const Thread& thread_index();
 const dim3& block_index();
+const dim3& block_size();
 const dim3& grid_size();
+int lane();
 
 // Waits for all threads of the block, or for all lanes of the warp.  `what` names it in failures and must be the same
 // for all.
 void wait_for_block();
 // Every lane gives 64 bytes at most and can read those of all 32, until it calls again: the bytes of lane i begin at
-// result + 64 * i.
+// result + 64 * i. In a last warp of fewer threads, those of the others are garbage.
 constexpr size_t kExchangeBytes = 64;
 const char* exchange(const char* what, const void* own, size_t bytes);
+
+// What the threads of a block share, from the next grid on in place of what was said before; for kernels that declare
+// variables of their own.
+struct Shared {
+  void* storage;
+  size_t bytes;
+};
+void set_shared(const std::vector<Shared>& objects);
 
 // The one object of this type that the threads of a block share.
 void register_shared(void* storage, size_t bytes);
@@ -93,27 +107,32 @@ void multiply_tiles(int (&c)[4], const int (&a)[4], const int (&b)[2]);
 
 #define threadIdx (emulated::thread_index())
 #define blockIdx (emulated::block_index())
+#define blockDim (emulated::block_size())
 #define gridDim (emulated::grid_size())
 
 inline void __syncthreads() { emulated::wait_for_block(); }
 
+// The lane at `source` of the lanes from `first` to first + width - 1; beyond them its own value.
 template <typename T>
-T emulated_shuffle(const char* what, T value, int source) {
+T emulated_shuffle(const char* what, T value, int source, int first, int width) {
   const char* all = emulated::exchange(what, &value, sizeof value);
-  if (source >= 0 && source < emulated::kWarp) memcpy(&value, all + emulated::kExchangeBytes * source, sizeof value);
+  if (source >= first && source < first + width) memcpy(&value, all + emulated::kExchangeBytes * source, sizeof value);
   return value;
 }
 template <typename T>
-T __shfl_sync(uint32_t, T value, int source) {
-  return emulated_shuffle("__shfl_sync", value, source % emulated::kWarp);
+T __shfl_sync(uint32_t, T value, int source, int width = emulated::kWarp) {
+  const int first = emulated::lane() / width * width;
+  return emulated_shuffle("__shfl_sync", value, first + source % width, first, width);
 }
 template <typename T>
-T __shfl_up_sync(uint32_t, T value, int distance) {
-  return emulated_shuffle("__shfl_up_sync", value, threadIdx.x % emulated::kWarp - distance);
+T __shfl_up_sync(uint32_t, T value, int distance, int width = emulated::kWarp) {
+  const int lane = emulated::lane();
+  return emulated_shuffle("__shfl_up_sync", value, lane - distance, lane / width * width, width);
 }
 template <typename T>
-T __shfl_down_sync(uint32_t, T value, int distance) {
-  return emulated_shuffle("__shfl_down_sync", value, threadIdx.x % emulated::kWarp + distance);
+T __shfl_down_sync(uint32_t, T value, int distance, int width = emulated::kWarp) {
+  const int lane = emulated::lane();
+  return emulated_shuffle("__shfl_down_sync", value, lane + distance, lane / width * width, width);
 }
 inline uint32_t __ballot_sync(uint32_t, bool predicate) {
   const char* all = emulated::exchange("__ballot_sync", &predicate, sizeof predicate);

@@ -6,7 +6,6 @@ makes their kernels, checks shapes, types and attributes at every run, allocates
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -19,17 +18,15 @@ from typing import Any
 
 import pytest
 from kernel_runs import tool
+from stand_in_libraries import DRIVER, HEADERS, RUNTIME, RUNTIME_SOURCES, built_once, link
 from wheels import folder_of_wheel
-
-from qsparse_export.runtimes.ort.cuda_build import find_nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "onnxruntime-gpu"
 PACKAGE = "onnxruntime-gpu==1.31.1"
 """The newest on PyPI in November 2026."""
 
-SOURCE = Path(__file__).parent / "stand_in_runtime.cc"
-RUNTIME, DRIVER, CUDNN = "libcudart.so.13", "libcuda.so.1", "libcudnn.so.9"
+CUDNN = "libcudnn.so.9"
 TENSORRT = ("libnvinfer.so.10", "libnvonnxparser.so.10")
 _PREFIXES = r"(?:__cuda|cuda|cublas|cudnn|curand|cuTensor|createInfer|createNv|getPlugin|getInfer)\w*"
 _VERSION = {"cudnnGetVersion": 92000}
@@ -45,16 +42,12 @@ def build(package: Path) -> Path:
     capi = package / "onnxruntime" / "capi"
     providers = [capi / f"libonnxruntime_providers_{name}.so" for name in ("cuda", "tensorrt")]
     folder = ROOT / "build" / "tests" / "cuda" / "stand_in"
-    folder.mkdir(parents=True, exist_ok=True)
-    done = folder / "done"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        newest = max(path.stat().st_mtime for path in (SOURCE, Path(__file__), *providers))
-        if not done.exists() or done.stat().st_mtime < newest:
-            own = set(re.findall(r"\b(\w+)\([^;{}]*\) \{", SOURCE.read_text("utf-8")))
+    with built_once(folder, (*RUNTIME_SOURCES, *HEADERS, Path(__file__), *providers)) as is_old:
+        if is_old:
+            texts = (source.read_text("utf-8") for source in RUNTIME_SOURCES)
+            own = {name for text in texts for name in re.findall(r"\b(\w+)\([^;{}]*\) \{", text)}
             for library, functions in _wanted(providers).items():
                 _compile(folder, library, functions - own if library == RUNTIME else functions)
-            done.touch()
     return folder
 
 
@@ -73,19 +66,10 @@ def _wanted(providers: list[Path]) -> dict[str, set[str]]:
 
 
 def _compile(folder: Path, library: str, functions: set[str]) -> None:
-    source, versions = folder / f"{library}.cc", folder / f"{library}.map"
+    source = folder / f"{library}.cc"
     source.write_text("".join(map(_succeeding, sorted(functions))), "utf-8")
-    versions.write_text(f"{library} {{ global: *; }};\n", "utf-8")
-    flags = ["-shared", "-Xcompiler=-fPIC,-w", f"-Xlinker=-soname,{library}", "--cudart=none"]
-    flags += [f"-Xlinker=--version-script={versions}"] if library not in (DRIVER, *TENSORRT) else []
-    sources = [source, *([SOURCE] if library == RUNTIME else [])]
-    nvcc = find_nvcc()
-    if nvcc is None:
-        pytest.fail("nvcc is missing, which this needs: pip install 'qsparse-export[cuda]'", pytrace=False)
-    command = [nvcc, *flags, "-o", folder / library, *sources]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.fail(f"{' '.join(map(str, command))}\n{done.stderr[-4000:]}", pytrace=False)
+    sources = [source, *(RUNTIME_SOURCES if library == RUNTIME else ())]
+    link(folder / library, sources, versioned=library not in (DRIVER, *TENSORRT))
 
 
 def _succeeding(name: str) -> str:

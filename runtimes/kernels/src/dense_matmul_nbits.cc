@@ -20,7 +20,8 @@ struct Plan {
     weights = args.bits == 4 ? kInt4Weights : kInt8Weights;
     row_bytes = qsk_dense_row_bytes(args.k, args.bits);
     steps = ceil_div(row_bytes, 32);
-    x_bytes = steps * static_cast<int64_t>(args.bits == 4 ? sizeof(DenseStep<4>) : sizeof(DenseStep<8>));
+    const int64_t blocks = ceil_div(steps, kDenseBlockSteps);
+    x_bytes = blocks * static_cast<int64_t>(args.bits == 4 ? sizeof(DenseBlock<4>) : sizeof(DenseBlock<8>));
     piece_outputs = max_of(1, kPieceBytes / max_of(1, row_bytes));
     pieces = ceil_div(args.n, piece_outputs);
     workers = min_of(worker_count(parallel), max_of(1, pieces));
@@ -47,7 +48,7 @@ Workspace lay_out(const Plan& plan, void* base) {
   work.x = scratch.take<uint8_t>(plan.args.m * plan.x_bytes);
   work.is_bad = scratch.take<bool>(plan.args.m);
   work.y = scratch.take<float>(plan.workers * plan.args.m * plan.piece_outputs);
-  work.scales_stride = round_up(kDenseBlock * ceil_div(plan.args.k, plan.args.group), kLanes);
+  work.scales_stride = round_up(kDensePiece * ceil_div(plan.args.k, plan.args.group), kLanes) + kLanes;
   work.scales = scratch.take<float>(plan.workers * work.scales_stride);
   work.bytes = scratch.used();
   return work;

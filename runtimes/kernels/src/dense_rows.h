@@ -1,7 +1,8 @@
 // The kernel of DenseMatMulNBits, in terms of the vectors of code_rows.h and of H16, sixteen uint16_t, with
-//   splat_pair(p): four lanes of p[0], four of p[1]
 //   load_halves(p) low_bits(h, bits)     shift<bits>(h): each lane to the right
 //   madd_halves(sums, codes, p): sums + the products of codes with the sixteen int16 at p, added in pairs
+//   add_halves(a, b, c, d): the sums of the lower four lanes of a, b, c and d, then those of the upper four
+//   pick(p, lanes): p[lanes[0]], p[lanes[1]], ... of the eight values at p, all of which may be read
 // and the table of all kernels in floating point.
 #ifndef QSK_SRC_DENSE_ROWS_H_
 #define QSK_SRC_DENSE_ROWS_H_
@@ -11,49 +12,40 @@
 namespace qsk {
 namespace {
 
-// How scales and steps relate. The common ones need no arithmetic inside the loop: a division there takes longer than
-// all the rest of a step.
-enum class Scales { kForSteps, kForHalfSteps, kAny };
-
+// Half a step's inputs are the least that share a scale where the eight sums of a block's half steps are scaled at
+// once.
 template <int Bits>
-Scales scales_for(const DenseRows& rows) {
-  if (rows.scales_stride == 1 || rows.group % kDenseStepInputs<Bits> == 0) return Scales::kForSteps;
-  return rows.group * 2 == kDenseStepInputs<Bits> ? Scales::kForHalfSteps : Scales::kAny;
-}
+constexpr int64_t kHalfStepInputs = kDenseStepInputs<Bits> / 2;
 
-// Where a step's scales are among those of one output, in float.
-template <int Bits, Scales kScales>
-struct ScalePosition {
-  explicit ScalePosition(const DenseRows& rows)
-      : groups(rows.scales_stride),
-        group(rows.group),
-        steps_per_group(rows.group / kDenseStepInputs<Bits>),
-        steps_left(steps_per_group) {}
-  void advance() {
-    ++step;
-    if (kScales == Scales::kForHalfSteps) {
-      first += 2;
-    } else if (kScales == Scales::kForSteps && first + 1 < groups && --steps_left == 0) {
-      ++first;
-      steps_left = steps_per_group;
-    }
-  }
-  // The scale of each lane's inputs; lanes beyond the last input get the last scale.
-  F8 lanes(const float* scales) const {
-    if (kScales == Scales::kForSteps) return splat(scales[first]);
-    if (kScales == Scales::kForHalfSteps) {
-      return first + 1 < groups ? splat_pair(scales + first) : splat(scales[first]);
-    }
-    float lane[kLanes];
-    for (int64_t j = 0; j < kLanes; ++j) {
-      const int64_t of_lane = (step * kDenseStepInputs<Bits> + j * (32 / Bits)) / group;
-      lane[j] = scales[of_lane < groups ? of_lane : groups - 1];
-    }
-    return load(lane);
+// Where the scales of a block are among those of one output: `lanes` from its first one, in the order of add_halves.
+template <int Bits>
+struct BlockScales {
+  static constexpr int64_t kInputs = kDenseBlockSteps * kDenseStepInputs<Bits>;
+
+  // Whether there is such an order: whole half steps share a scale, and groups begin where blocks do.
+  static bool fit(const DenseRows& rows) {
+    if (rows.scales_stride == 1) return true;
+    if (rows.group % kHalfStepInputs<Bits> != 0) return false;
+    return rows.group < kInputs ? kInputs % rows.group == 0 : rows.group % kInputs == 0;
   }
 
-  int64_t groups, group, steps_per_group, steps_left;
-  int64_t step = 0, first = 0;
+  explicit BlockScales(const DenseRows& rows) {
+    const bool is_one = rows.scales_stride == 1, is_within = rows.group < kInputs;
+    advance = is_one ? 0 : is_within ? kInputs / rows.group : 1;
+    blocks = is_one || is_within ? 1 : rows.group / kInputs;
+    const int64_t last_block = (rows.steps - 1) / kDenseBlockSteps;
+    const int64_t left = rows.scales_stride - 1 - last_block / blocks * advance;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int64_t half_step = lane % kDenseBlockSteps * 2 + lane / kDenseBlockSteps;
+      const int64_t group = is_one || !is_within ? 0 : half_step * kHalfStepInputs<Bits> / rows.group;
+      lanes[lane] = static_cast<int32_t>(group);
+      last_lanes[lane] = static_cast<int32_t>(group < left ? group : left);
+    }
+  }
+
+  int64_t advance, blocks;  // after so many blocks, the first scale is so many further
+  alignas(32) int32_t lanes[kLanes];
+  alignas(32) int32_t last_lanes[kLanes];  // of the last block, which may have fewer steps
 };
 
 // `count` float16 scales in float.
@@ -85,53 +77,97 @@ I8 step_sums(const uint8_t* words, const DenseStep<Bits>& x) {
 
 constexpr int64_t kAheadBytes = 8 << 10;  // of weights, which lie in order
 
-template <int Bits, Scales kScales>
-float dense_output(const DenseRows& rows, const uint8_t* w, const float* scales, const DenseStep<Bits>* x) {
-  const int64_t whole_steps = rows.row_bytes / 32;
-  F8 total = zero();
-  ScalePosition<Bits, kScales> position(rows);
-  for (int64_t step = 0; step < whole_steps; ++step, position.advance()) {
-    const uint8_t* const words = w + step * 32;
-    __builtin_prefetch(words + kAheadBytes);
-    const F8 scale = mul(splat(x[step].unit), position.lanes(scales));
-    total = add(total, mul(from_int(step_sums<Bits>(words, x[step])), scale));
+// The first `steps` of a block's.
+template <int Bits>
+F8 block_sums(const uint8_t* words, const DenseBlock<Bits>& x, int64_t steps) {
+  I8 sums[kDenseBlockSteps];
+  QSK_UNROLL
+  for (int64_t i = 0; i < kDenseBlockSteps; ++i) {
+    sums[i] = i < steps ? step_sums<Bits>(words + i * 32, x.steps[i]) : splat_int(0);
   }
-  if (whole_steps < rows.steps) {
-    uint8_t last[32] = {};
-    memcpy(last, w + whole_steps * 32, rows.row_bytes - whole_steps * 32);
-    const F8 scale = mul(splat(x[whole_steps].unit), position.lanes(scales));
-    total = add(total, mul(from_int(step_sums<Bits>(last, x[whole_steps])), scale));
+  return from_int(add_halves(sums[0], sums[1], sums[2], sums[3]));
+}
+
+template <int Bits>
+float output_by_blocks(const DenseRows& rows, const uint8_t* w, const float* scales, const BlockScales<Bits>& of_block,
+                       const DenseBlock<Bits>* x) {
+  constexpr int64_t kBlockBytes = kDenseBlockSteps * 32;
+  const int64_t last = (rows.steps - 1) / kDenseBlockSteps;
+  F8 total = zero();
+  int64_t blocks_left = of_block.blocks;
+  for (int64_t block = 0; block < last; ++block) {
+    const uint8_t* const words = w + block * kBlockBytes;
+    __builtin_prefetch(words + kAheadBytes);
+    __builtin_prefetch(words + kAheadBytes + kBlockBytes / 2);
+    const F8 scale = mul(load(x[block].units), pick(scales, of_block.lanes));
+    total = add(total, mul(block_sums<Bits>(words, x[block], kDenseBlockSteps), scale));
+    if (--blocks_left == 0) {
+      scales += of_block.advance;
+      blocks_left = of_block.blocks;
+    }
+  }
+  const uint8_t* words = w + last * kBlockBytes;
+  uint8_t padded[kBlockBytes];
+  if (rows.row_bytes % 32 != 0) {
+    memset(padded, 0, sizeof padded);
+    memcpy(padded, words, rows.row_bytes - last * kBlockBytes);
+    words = padded;
+  }
+  const F8 scale = mul(load(x[last].units), pick(scales, of_block.last_lanes));
+  return sum(add(total, mul(block_sums<Bits>(words, x[last], rows.steps - last * kDenseBlockSteps), scale)));
+}
+
+// Any groups of whole words: each lane of a step has its scale.
+template <int Bits>
+float output_by_steps(const DenseRows& rows, const uint8_t* w, const float* scales, const DenseBlock<Bits>* x) {
+  F8 total = zero();
+  for (int64_t step = 0; step < rows.steps; ++step) {
+    const int64_t begin = step * 32, bytes = rows.row_bytes - begin < 32 ? rows.row_bytes - begin : 32;
+    uint8_t words[32] = {};
+    memcpy(words, w + begin, bytes);
+    float lane[kLanes];
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const int64_t group = (step * kDenseStepInputs<Bits> + j * (32 / Bits)) / rows.group;
+      lane[j] = scales[group < rows.scales_stride ? group : rows.scales_stride - 1];
+    }
+    const DenseBlock<Bits>& block = x[step / kDenseBlockSteps];
+    const int64_t of_block = step % kDenseBlockSteps;
+    const F8 scale = mul(splat(block.units[of_block]), load(lane));
+    total = add(total, mul(from_int(step_sums<Bits>(words, block.steps[of_block])), scale));
   }
   return sum(total);
 }
 
-template <int Bits, Scales kScales>
-void dense_outputs(const DenseRows& rows, float* y) {
-  const auto* x = static_cast<const DenseStep<Bits>*>(rows.x);
-  const int64_t groups = rows.scales_stride;
+// y = output(weights, scales, x) of every output and row.
+template <int Bits, class Output>
+void for_outputs(const DenseRows& rows, float* y, const Output& output) {
+  const auto* x = static_cast<const DenseBlock<Bits>*>(rows.x);
+  const int64_t groups = rows.scales_stride, blocks = (rows.steps + kDenseBlockSteps - 1) / kDenseBlockSteps;
   for (int64_t n = 0; n < rows.outputs; ++n) {
-    const int64_t of_block = n % kDenseBlock;
-    if (of_block == 0) {
-      const int64_t block = rows.outputs - n < kDenseBlock ? rows.outputs - n : kDenseBlock;
-      widen(rows.scales + n * groups, block * groups, rows.wide);
+    const int64_t of_piece = n % kDensePiece;
+    if (of_piece == 0) {
+      const int64_t piece = rows.outputs - n < kDensePiece ? rows.outputs - n : kDensePiece;
+      widen(rows.scales + n * groups, piece * groups, rows.wide);
     }
-    const uint8_t* const w = rows.w + n * rows.row_bytes;
     for (int64_t row = 0; row < rows.rows; ++row) {
-      y[row * rows.y_stride + n] =
-          dense_output<Bits, kScales>(rows, w, rows.wide + of_block * groups, x + row * rows.steps);
+      y[row * rows.y_stride + n] = output(rows.w + n * rows.row_bytes, rows.wide + of_piece * groups, x + row * blocks);
     }
   }
 }
 
 template <int Bits>
 void dense(const DenseRows& rows, float* y) {
-  switch (scales_for<Bits>(rows)) {
-    case Scales::kForSteps:
-      return dense_outputs<Bits, Scales::kForSteps>(rows, y);
-    case Scales::kForHalfSteps:
-      return dense_outputs<Bits, Scales::kForHalfSteps>(rows, y);
-    case Scales::kAny:
-      return dense_outputs<Bits, Scales::kAny>(rows, y);
+  using X = const DenseBlock<Bits>*;
+  if (rows.steps == 0) {
+    for_outputs<Bits>(rows, y, [](const uint8_t*, const float*, X) { return 0.0f; });
+  } else if (BlockScales<Bits>::fit(rows)) {
+    const BlockScales<Bits> of_block(rows);
+    for_outputs<Bits>(rows, y, [&](const uint8_t* w, const float* scales, X x) {
+      return output_by_blocks<Bits>(rows, w, scales, of_block, x);
+    });
+  } else {
+    for_outputs<Bits>(
+        rows, y, [&](const uint8_t* w, const float* scales, X x) { return output_by_steps<Bits>(rows, w, scales, x); });
   }
 }
 
@@ -141,20 +177,23 @@ template <int Bits>
 void lay_out_x(const float* x, int64_t k, int64_t steps, void* laid_out) {
   constexpr int kPlanes = 16 / Bits;  // of a half word
   constexpr int32_t kZero = 1 << (Bits - 1);
-  auto* out = static_cast<DenseStep<Bits>*>(laid_out);
-  for (int64_t step = 0; step < steps; ++step, ++out) {
+  auto* const out = static_cast<DenseBlock<Bits>*>(laid_out);
+  for (int64_t step = 0; step < steps; ++step) {
     const int64_t begin = step * kDenseStepInputs<Bits>;
     const int64_t end = begin + kDenseStepInputs<Bits> < k ? begin + kDenseStepInputs<Bits> : k;
+    DenseBlock<Bits>& block = out[step / kDenseBlockSteps];
+    const int64_t of_block = step % kDenseBlockSteps;
+    if (of_block == 0) memset(&block, 0, sizeof block);
     float largest = 0.0f;
     for (int64_t i = begin; i < end; ++i) largest = larger_magnitude(largest, x[i]);
-    memset(out, 0, sizeof *out);
     const Unit unit = unit_of(largest);
-    out->unit = unit.from_fixed;
+    block.units[of_block] = block.units[of_block + kDenseBlockSteps] = unit.from_fixed;
+    DenseStep<Bits>& laid_step = block.steps[of_block];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t half = (i - begin) / kPlanes, plane = (i - begin) % kPlanes;
       const int16_t value = fixed_of(x[i], unit);
-      out->values[plane][half] = value;
-      out->offset[half / 2] -= kZero * value;
+      laid_step.values[plane][half] = value;
+      laid_step.offset[half / 2] -= kZero * value;
     }
   }
 }

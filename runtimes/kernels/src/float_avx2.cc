@@ -17,7 +17,9 @@ F8 add(F8 a, F8 b) { return _mm256_add_ps(a, b); }
 F8 mul(F8 a, F8 b) { return _mm256_mul_ps(a, b); }
 F8 fma(F8 a, F8 b, F8 c) { return _mm256_fmadd_ps(a, b, c); }
 F8 load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-F8 splat_pair(const float* p) { return _mm256_blend_ps(_mm256_broadcast_ss(p), _mm256_broadcast_ss(p + 1), 0xf0); }
+F8 pick(const float* p, const int32_t* lanes) {
+  return _mm256_permutevar8x32_ps(load(p), _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes)));
+}
 float sum(F8 v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -59,6 +61,11 @@ I8 madd(I8 sums, W w, D d) {
   return sums;
 }
 F8 from_int(I8 v) { return _mm256_cvtepi32_ps(v); }
+I8 add_pairs(I8 a, I8 b) { return _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)); }
+I8 add_halves(I8 a, I8 b, I8 c, I8 d) {
+  const I8 ab = add_pairs(a, b), cd = add_pairs(c, d);
+  return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+}
 
 H16 load_halves(const uint8_t* p) { return load_words(p); }
 H16 low_bits(H16 h, uint32_t bits) { return mask16(h, bits); }

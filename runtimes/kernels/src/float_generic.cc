@@ -41,7 +41,11 @@ F8 load_half(const uint16_t* p) {
   half_generic.to_float(p, 8, v.lane);
   return v;
 }
-F8 splat_pair(const float* p) { return {{p[0], p[0], p[0], p[0], p[1], p[1], p[1], p[1]}}; }
+F8 pick(const float* p, const int32_t* lanes) {
+  F8 v;
+  for (int i = 0; i < 8; ++i) v.lane[i] = p[lanes[i]];
+  return v;
+}
 float sum(const F8& v) {  // in the order of the vector units
   const float* x = v.lane;
   return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
@@ -115,6 +119,14 @@ F8 from_int(const I8& v) {
   F8 result;
   for (int i = 0; i < 8; ++i) result.lane[i] = static_cast<float>(v.lane[i]);
   return result;
+}
+I8 add_halves(const I8& a, const I8& b, const I8& c, const I8& d) {
+  const I8* const all[4] = {&a, &b, &c, &d};
+  I8 v = {};
+  for (int i = 0; i < 8; ++i) {
+    for (int j = 0; j < 4; ++j) v.lane[i] += all[i % 4]->lane[i / 4 * 4 + j];
+  }
+  return v;
 }
 
 H16 load_halves(const uint8_t* p) {

@@ -47,17 +47,23 @@ struct FloatTile {
 template <int Bits>
 constexpr int64_t kDenseStepInputs = 256 / Bits;
 
-// The activations of a step as `dense` multiplies them: multiples of `unit`, for the sixteen halves of its words by
+// The activations of a step as `dense` multiplies them: multiples of its unit, for the sixteen halves of its words by
 // plane, and what the zero points of each word's codes add.
 template <int Bits>
 struct DenseStep {
   int16_t values[16 / Bits][16];
   int32_t offset[8];
-  float unit;
-  float padding[7];  // to whole vectors
 };
 
-constexpr int64_t kDenseBlock = 16;  // outputs whose scales are converted together
+constexpr int64_t kDenseBlockSteps = 4;  // whose eight halves are scaled at once
+
+template <int Bits>
+struct DenseBlock {
+  DenseStep<Bits> steps[kDenseBlockSteps];
+  float units[2 * kDenseBlockSteps];  // of the steps, twice
+};
+
+constexpr int64_t kDensePiece = 16;  // outputs whose scales are converted together
 
 // Some outputs of a matrix that is read output by output.
 struct DenseRows {
@@ -66,10 +72,10 @@ struct DenseRows {
   const uint16_t* scales;  // float16 [outputs, scales_stride]
   int64_t scales_stride;
   int64_t group;  // inputs that share a scale
-  float* wide;    // [kDenseBlock * scales_stride] rounded up to whole vectors, workspace
+  float* wide;    // [kDensePiece * scales_stride + 15], workspace: whole vectors are read from any scale on
   int64_t outputs;
   int64_t steps;
-  const void* x;  // [rows, steps] DenseStep
+  const void* x;  // [rows, blocks] DenseBlock
   int64_t rows;
   int64_t y_stride;
 };
@@ -90,7 +96,7 @@ struct FloatKernels {
   void (*multiply)(const float* panels, int64_t channels, const float* x, int64_t x_stride, int64_t rows, float* sums);
   // The positions and values of x that are not zero (NaN is not), in order; both outputs have room for n + 8 elements.
   int64_t (*compact)(const float* x, int64_t n, int32_t* index, float* value);
-  // A finite row of x as [steps] DenseStep, aligned to 32; integers only.
+  // A finite row of x as [blocks] DenseBlock, aligned to 32; integers only.
   void (*lay_out_x[kWeightTypes])(const float* x, int64_t k, int64_t steps, void* laid_out);
   // y[row * y_stride + output] = the products; integers only.
   void (*dense[kWeightTypes])(const DenseRows& rows, float* y);

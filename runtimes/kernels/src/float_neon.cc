@@ -28,7 +28,11 @@ F8 load_half(const uint16_t* p) {
   const float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(p));
   return {vcvt_f32_f16(vget_low_f16(halves)), vcvt_f32_f16(vget_high_f16(halves))};
 }
-F8 splat_pair(const float* p) { return {vdupq_n_f32(p[0]), vdupq_n_f32(p[1])}; }
+F8 pick(const float* p, const int32_t* lanes) {
+  const float lane[8] = {p[lanes[0]], p[lanes[1]], p[lanes[2]], p[lanes[3]],
+                         p[lanes[4]], p[lanes[5]], p[lanes[6]], p[lanes[7]]};
+  return load(lane);
+}
 float sum(F8 v) {
   const float32x4_t four = vaddq_f32(v.low, v.high);
   const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
@@ -79,6 +83,10 @@ I8 madd_one(I8 sums, U8 v, int32_t digit) {
 }
 I8 madd(I8 sums, W w, D d) { return madd_one(madd_one(sums, w.a, d.a), w.b, d.b); }
 F8 from_int(I8 v) { return {vcvtq_f32_s32(v.low), vcvtq_f32_s32(v.high)}; }
+I8 add_halves(I8 a, I8 b, I8 c, I8 d) {
+  return {vpaddq_s32(vpaddq_s32(a.low, b.low), vpaddq_s32(c.low, d.low)),
+          vpaddq_s32(vpaddq_s32(a.high, b.high), vpaddq_s32(c.high, d.high))};
+}
 
 H16 load_halves(const uint8_t* p) {
   return {vreinterpretq_u16_u8(vld1q_u8(p)), vreinterpretq_u16_u8(vld1q_u8(p + 16))};

@@ -120,7 +120,8 @@ def _check(kind: str, arch: str, host_triple: str) -> None:
 def cuda_environment(folder: Path, more: Sequence[str] = ()) -> dict[str, str]:
     """Environment of a process in which TVM compiles for CUDA, exactly and without a GPU; the stub goes to ``folder``.
 
-    ``more`` are architectures beside the one of TVM's target, which knows of one alone. TargetError when nvcc, its runtime library or a C compiler is missing.
+    ``more`` are architectures beside the one of TVM's target, which knows of one alone. TargetError when nvcc, its runtime
+    library or a C compiler is missing.
     """
     nvcc = find_nvcc()
     source = folder / "libcuda_stub.c"

@@ -1,4 +1,4 @@
-"""Makes the modules of this folder, and the cases of the CPU kernels, importable; opens the software devices once."""
+"""Makes the modules of this folder, of tests/cuda and of tests/kernels importable; opens the software devices once."""
 
 import sys
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "kernels")]
+sys.path += [str(Path(__file__).parent), *(str(Path(__file__).parents[2] / name) for name in ("cuda", "kernels"))]
 
 from emulated_cuda import EmulatedCuda
 from lavapipe import Lavapipe
