@@ -95,6 +95,7 @@ def export(
         backend = backend.tuned(tuning)
     dtype = dtype_of(weights, activations, preferred_dtype(device, backend))
     native = check_target(device, backend, portable=portable, dtype=dtype, with_bench=with_bench)
+    device = backend.with_ops(device)
     options = Options(
         target, runtime, weights, head, activations, not native, verify, pipeline, force, with_bench, logits, on_pass
     )

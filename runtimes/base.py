@@ -126,6 +126,10 @@ class Runtime(Protocol):
         """Raises TargetError when :meth:`compile` could not make native kernels for ``target`` on this machine."""
         ...
 
+    def with_ops(self, target: Target) -> Target:
+        """``target`` with the ops that this runtime itself has kernels for there."""
+        ...
+
     def tuned(self, tuning: Tuning) -> Runtime:
         """This runtime with kernels tuned as :meth:`compile` makes them; UsageError where nothing can be tuned."""
         ...

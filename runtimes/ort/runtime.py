@@ -46,6 +46,10 @@ class OrtRuntime:
         """See :class:`qsparse_export.runtimes.base.Runtime`: the installed library serves, or a cross compiler makes one."""
         bundled.require_target(target)
 
+    def with_ops(self, target: Target) -> Target:
+        """See :class:`qsparse_export.runtimes.base.Runtime`: a target's description speaks of ONNX Runtime."""
+        return target
+
     def tuned(self, tuning: Tuning) -> OrtRuntime:
         """See :class:`qsparse_export.runtimes.base.Runtime`: the kernels choose at run time, by rule."""
         raise UsageError(f"the runtime {self.name} tunes nothing at export; --tune and its like go with --runtime tvm")

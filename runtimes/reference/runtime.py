@@ -34,6 +34,10 @@ class ReferenceRuntime:
     def require_target(self, target: Target) -> None:
         """See :class:`qsparse_export.runtimes.base.Runtime`; NumPy runs wherever Python does."""
 
+    def with_ops(self, target: Target) -> Target:
+        """See :class:`qsparse_export.runtimes.base.Runtime`: it has a reference for every op of a target."""
+        return target
+
     def tuned(self, tuning: Tuning) -> ReferenceRuntime:
         """See :class:`qsparse_export.runtimes.base.Runtime`: the kernels choose at run time, by rule."""
         raise UsageError(f"the runtime {self.name} tunes nothing at export; --tune and its like go with --runtime tvm")

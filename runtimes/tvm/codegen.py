@@ -43,6 +43,20 @@ _ARCHITECTURES: dict[str, tuple[tuple[frozenset[str], Lanes], ...]] = {
 """Architecture to the instruction sets that it may have, best first, with the features that each needs."""
 
 
+GPU_ARCHITECTURES = ("sm_80", "sm_87", "sm_89", "sm_90")
+"""Of NVIDIA: what machine code is made for."""
+
+
+def is_gpu(target: Target) -> bool:
+    """Whether code for ``target`` runs on its GPU."""
+    return "cuda" in target.features
+
+
+def gpu_architectures(target: Target) -> tuple[str, ...]:
+    """The GPUs that ``target`` means: the one that it names, or all."""
+    return tuple(name for name in GPU_ARCHITECTURES if name in target.features) or GPU_ARCHITECTURES
+
+
 def lanes_of(target: Target) -> Lanes:
     """The best instruction set of ``target``; TargetError for an architecture without kernels."""
     if target.arch not in _ARCHITECTURES:

@@ -1,8 +1,8 @@
-"""Where a compiled module runs: in this process, or on a device behind TVM's RPC."""
+"""Where a compiled module runs: in this process, on its GPU, or on a device behind TVM's RPC."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,15 +54,34 @@ class LocalMachine:
     def call(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """See :class:`Machine`; BundleError for inputs that the module does not take."""
         environment.use_threads(self._threads)
-        try:
-            made = self._main(*inputs, *self._weights)
-        except (RuntimeError, TypeError, ValueError) as error:  # TVM's own errors have no common base
-            raise BundleError(
-                f"the compiled module does not take what the graph gives it: {error}; feed what the graph's inputs say, or "
-                "export the bundle again"
-            ) from error
+        made = _called(self._main, (*inputs, *self._weights))
         self.runs += 1
-        return (made,) if isinstance(made, self._tvm.runtime.Tensor) else made
+        return made
+
+
+class GpuMachine:
+    """The GPU of this machine. See :class:`Machine`. Weights are copied there once; tensors stay there."""
+
+    copies_inputs = False
+
+    def __init__(self, library: Path, weights: tuple[Weight, ...], file: Path, device: Any) -> None:
+        """``library`` is the compiled module, ``file`` what its weights lie in, ``device`` TVM's."""
+        self._tvm = environment.tvm()
+        self._device = device
+        self.runs = 0
+        machine = self._tvm.relax.VirtualMachine(self._tvm.runtime.load_module(str(library)), device)
+        self._main = machine["main"]
+        self._weights = list(_sent(weights, file, device, lambda _sent, _total: None))
+
+    def tensor(self, array: np.ndarray) -> Any:
+        """See :class:`Machine`."""
+        return self._tvm.runtime.tensor(np.ascontiguousarray(array), self._device)
+
+    def call(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """See :class:`Machine`; BundleError for inputs that the module does not take."""
+        made = _called(self._main, (*inputs, *self._weights))
+        self.runs += 1
+        return made
 
 
 class RemoteMachine:
@@ -100,7 +119,7 @@ class RemoteMachine:
                 "--target of that device"
             ) from error
         self._machine = self._tvm.relax.VirtualMachine(module, self._device)
-        self._machine.save_function("main", "weighted", *self._sent(weights, file, on_bytes))
+        self._machine.save_function("main", "weighted", *_sent(weights, file, self._device, on_bytes))
 
     def tensor(self, array: np.ndarray) -> Any:
         """See :class:`Machine`."""
@@ -124,16 +143,29 @@ class RemoteMachine:
         self.runs += repetitions + 1
         return tuple(map(float, timed.results))
 
-    def _sent(self, weights: tuple[Weight, ...], file: Path, on_bytes: Callable[[int, int], object]) -> list[Any]:
-        total, sent = sum(weight.size_bytes for weight in weights), 0
-        tensors = []
-        for weight, here in zip(weights, mapped(weights, file), strict=True):
-            there = self._tvm.runtime.empty(weight.shape, weight.dtype, self._device)
-            there.copyfrom(here)
-            tensors.append(there)
-            sent += weight.size_bytes
-            on_bytes(sent, total)
-        return tensors
+
+def _called(main: Callable[..., Any], arguments: Sequence[Any]) -> Sequence[Any]:
+    try:
+        made = main(*arguments)
+    except (RuntimeError, TypeError, ValueError) as error:  # TVM's own errors have no common base
+        raise BundleError(
+            f"the compiled module does not take what the graph gives it: {error}; feed what the graph's inputs say, or "
+            "export the bundle again"
+        ) from error
+    return (made,) if isinstance(made, environment.tvm().runtime.Tensor) else made
+
+
+def _sent(
+    weights: tuple[Weight, ...], file: Path, device: Any, on_bytes: Callable[[int, int], object]
+) -> Iterator[Any]:
+    """Each weight on ``device``; ``on_bytes`` is told how many bytes of how many are there."""
+    total, sent = sum(weight.size_bytes for weight in weights), 0
+    for weight, here in zip(weights, mapped(weights, file), strict=True):
+        there = environment.tvm().runtime.empty(weight.shape, weight.dtype, device)
+        there.copyfrom(here)
+        yield there
+        sent += weight.size_bytes
+        on_bytes(sent, total)
 
 
 def use_threads(remote: Any, count: int) -> None:

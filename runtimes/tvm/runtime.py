@@ -1,4 +1,4 @@
-"""TVM on CPU: the graph compiled to one shared library by Relax, beside the graph itself and its weights."""
+"""TVM: the graph compiled to one shared library by Relax, for a CPU or an NVIDIA GPU, beside the graph and its weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from qsparse_export.errors import BundleError, TargetError, UsageError
 from qsparse_export.runtimes.base import Tuning
 from qsparse_export.runtimes.tvm import environment, made_here
-from qsparse_export.runtimes.tvm.codegen import lanes_of, runs_here, tvm_target
+from qsparse_export.runtimes.tvm.codegen import gpu_architectures, is_gpu, lanes_of, runs_here, tvm_target
+from qsparse_export.runtimes.tvm.gpu.cubins import cubin_architectures
 from qsparse_export.runtimes.tvm.tiling import DefaultTilings, Tilings, cores_of
-from qsparse_export.targets.target import load_target
+from qsparse_export.targets.target import load_target, op_sets
 
 if TYPE_CHECKING:
     import onnx
@@ -53,8 +54,22 @@ class TvmRuntime:
         from qsparse_export.runtimes.tvm.build import linker
         from qsparse_export.targets.detect import host
 
-        lanes_of(target)
+        if is_gpu(target):
+            from qsparse_export.runtimes.tvm.gpu.compile_gpu import require_tools
+
+            if self.tuning.trials or self.tuning.database:
+                raise TargetError(
+                    f"tuning chooses how CPU kernels cut their work, and target {target.name} is a GPU: leave --tune and its "
+                    "like out"
+                )
+            require_tools()
+        else:
+            lanes_of(target)
         linker(target.triple, host().triple)
+
+    def with_ops(self, target: Target) -> Target:
+        """See :class:`qsparse_export.runtimes.base.Runtime`: all of ours, on a GPU too, and none of ONNX Runtime's."""
+        return replace(target, native_ops=op_sets()["cpu-kernels"], provider_ops=frozenset())
 
     def tuned(self, tuning: Tuning) -> TvmRuntime:
         """See :class:`qsparse_export.runtimes.base.Runtime`: the tilings of products are measured."""
@@ -66,7 +81,9 @@ class TvmRuntime:
 
     def code_record(self, target: Target) -> dict[str, Any] | None:
         """See :class:`qsparse_export.runtimes.base.Runtime`: TVM's versions and what it was told of the target."""
-
+        if is_gpu(target):
+            architectures = list(gpu_architectures(target))
+            return {"triple": target.triple, "kind": "cuda", "architectures": architectures, **environment.VERSIONS}
         described = tvm_target(target)
         return {
             "triple": target.triple,
@@ -80,9 +97,10 @@ class TvmRuntime:
         same = runs_here(target)
         record: dict[str, Any] = {"library": self.code_record(load_target("cpu")), "covers_library": same}
         if not same:
+            made_for = f"{', '.join(gpu_architectures(target))} on {target.triple}" if is_gpu(target) else target.triple
             record["note"] = (
-                f"the module for {target.triple} in this bundle was compiled, not run; the same graph compiled for this "
-                "machine was: run qsparse-run on the device"
+                f"the module for {made_for} in this bundle was compiled, not run; the same graph compiled for this machine's "
+                "CPU was: run qsparse-run on the device"
             )
         return record
 
@@ -100,6 +118,10 @@ class TvmRuntime:
         from qsparse_export.runtimes.tvm.tuning import chosen_tilings
 
         files = write_graph(model, folder, GRAPH, WEIGHTS)
+        if is_gpu(target):
+            _build_for_gpu(_read(folder / GRAPH), folder, target)
+            made_here.remember(folder / MODULE)
+            return (*files, MODULE)
         program = Program.of(_read(folder / GRAPH), folder)
         tilings, table = chosen_tilings(program, target, self.tuning)
         _build(program, target, tilings, folder / MODULE)
@@ -113,24 +135,33 @@ class TvmRuntime:
         """Loads ``folder/model.so``; with ``taps`` or ``graph`` compiles that graph for this machine first.
 
         Raises UsageError for ``native=False``: there are no bodies; BundleError for a module that is damaged or another
-        machine's, or was compiled elsewhere and is not trusted (:mod:`~qsparse_export.runtimes.tvm.made_here`).
+        machine's, or was compiled elsewhere and is not trusted (:mod:`~qsparse_export.runtimes.tvm.made_here`); TargetError
+        for one with code for a GPU that is not here.
         """
         environment.require_tvm()
-        from qsparse_export.runtimes.tvm.machine import LocalMachine
+        from qsparse_export.runtimes.tvm.machine import GpuMachine, LocalMachine
         from qsparse_export.runtimes.tvm.session import Program, TvmSession
 
         if not native:
             raise UsageError("the runtime tvm runs compiled kernels and has no function bodies: open with native=True")
         model = _with_outputs(_read(graph or folder / GRAPH), taps)
-        program = Program.of(model, folder)
         here = load_target("cpu")
         variant = f"tvm-{lanes_of(here).name}"
         weights = folder / WEIGHTS
         as_compiled = graph is None or (graph.resolve() == (folder / GRAPH).resolve())
         if as_compiled and not taps and not self.rebuild:
-            _require_module(folder / MODULE, here)
+            architectures = _require_module(folder / MODULE, here)
             made_here.require_trust(folder / MODULE)
+            if architectures:
+                from qsparse_export.runtimes.tvm.gpu.device import cuda_device
+                from qsparse_export.runtimes.tvm.gpu.words import in_words
+
+                device = cuda_device(folder / MODULE, architectures)
+                program = Program.of(in_words(model), folder)
+                return TvmSession(GpuMachine(folder / MODULE, program.weights, weights, device), program, "tvm-cuda")
+            program = Program.of(model, folder)
             return TvmSession(LocalMachine(folder / MODULE, program.weights, weights, threads), program, variant)
+        program = Program.of(model, folder)
         with tempfile.TemporaryDirectory(prefix="qsparse-tvm-") as scratch:
             _build(program, here, DefaultTilings(cores_of(here)), Path(scratch) / MODULE)
             machine = LocalMachine(Path(scratch) / MODULE, program.weights, weights, threads)
@@ -163,6 +194,21 @@ def _build(program: Program, target: Target, tilings: Tilings, file: Path) -> No
     build(module, tvm_target(target), file, linker(target.triple, host().triple))
 
 
+def _build_for_gpu(model: onnx.ModelProto, folder: Path, target: Target) -> None:
+    from qsparse_export.runtimes.tvm.build import linker
+    from qsparse_export.runtimes.tvm.gpu.compile_gpu import compile_cuda_module
+    from qsparse_export.runtimes.tvm.gpu.cuda_kernels import CudaKernels
+    from qsparse_export.runtimes.tvm.gpu.words import in_words
+    from qsparse_export.runtimes.tvm.importer import imported
+    from qsparse_export.runtimes.tvm.session import Program
+    from qsparse_export.targets.detect import host
+
+    program = Program.of(in_words(model), folder)
+    module = imported(program.cut.rest, program.weights, CudaKernels())
+    compiler = linker(target.triple, host().triple)
+    compile_cuda_module(module, gpu_architectures(target), folder / MODULE, target.triple, compiler)
+
+
 def _read(graph: Path) -> onnx.ModelProto:
     import onnx
 
@@ -175,8 +221,10 @@ def _with_outputs(model: onnx.ModelProto, values: Sequence[str]) -> onnx.ModelPr
     return model
 
 
-def _require_module(file: Path, here: Target) -> None:
-    """BundleError, before it is loaded, for a module that is no shared library of this machine, or not whole."""
+def _require_module(file: Path, here: Target) -> tuple[str, ...]:
+    """The GPUs that a module has code for; BundleError, before it is loaded, where it is no shared library of this machine,
+    or not whole.
+    """
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -193,3 +241,4 @@ def _require_module(file: Path, here: Target) -> None:
     offset, size, count = (int.from_bytes(content[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62)))
     if offset + size * count > len(content):
         raise BundleError(f"{file} ends after {len(content)} bytes, too early; the copy is incomplete: copy it again")
+    return tuple(sorted(set(cubin_architectures(content))))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qsparse_export.errors import TargetError, UsageError, near_names
+from qsparse_export.runtimes.tvm.codegen import GPU_ARCHITECTURES
 from qsparse_export.runtimes.tvm.environment import require_tvm
 from qsparse_export.runtimes.tvm.gpu.cubins import cubin_architectures
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from tvm import tirx
 
 KINDS = ("cuda", "opencl")
-ARCHITECTURES = ("sm_80", "sm_87", "sm_89", "sm_90")
 DRIVER_SYMBOLS = (
     "cuDeviceGetName",
     "cuFuncSetAttribute",
@@ -48,7 +48,7 @@ CHILD = "qsparse_export.runtimes.tvm.gpu.build_library"
 def compile_gpu(functions: Sequence[tirx.PrimFunc], kind: str, arch: str, library: Path, host_triple: str = "") -> None:
     """Write ``library``, in which ``tvm.runtime.load_module`` finds the functions by their names, or write nothing.
 
-    ``kind`` is of KINDS; ``arch`` of ARCHITECTURES for cuda, "" for opencl; ``host_triple`` of HOST_COMPILERS.
+    ``kind`` is of KINDS; ``arch`` of GPU_ARCHITECTURES for cuda, "" for opencl; ``host_triple`` of HOST_COMPILERS.
     UsageError for unknown ones; TargetError when TVM, nvcc or a compiler is missing, compiling fails, or the result lacks
     machine code for ``arch``.
     """
@@ -68,7 +68,7 @@ def compile_cuda_module(
     module: tvm.IRModule, architectures: Sequence[str], library: Path, host_triple: str, compiler: str
 ) -> None:
     """Write ``library``, with Relax's virtual machine code of ``module`` and machine code for each of ``architectures`` (of
-    ARCHITECTURES), linked by ``compiler`` for a host of ``host_triple``; or write nothing.
+    GPU_ARCHITECTURES), linked by ``compiler`` for a host of ``host_triple``; or write nothing.
 
     TargetError when nvcc is missing, compiling fails, or the result lacks machine code for one of them.
     """
@@ -109,8 +109,10 @@ def _check(kind: str, arch: str, host_triple: str) -> None:
     require_tvm()
     if kind not in KINDS:
         raise UsageError(f"{kind!r} is no kind of GPU code that goes into a library; {near_names(kind, KINDS)}")
-    if kind == "cuda" and arch not in ARCHITECTURES:
-        raise UsageError(f"{arch!r} is no architecture of NVIDIA GPUs known here; {near_names(arch, ARCHITECTURES)}")
+    if kind == "cuda" and arch not in GPU_ARCHITECTURES:
+        raise UsageError(
+            f"{arch!r} is no architecture of NVIDIA GPUs known here; {near_names(arch, GPU_ARCHITECTURES)}"
+        )
     if kind != "cuda" and arch:
         raise UsageError(f"the architecture is {arch!r}; {kind} has none, expected ''")
     if host_triple not in HOST_COMPILERS:
@@ -141,6 +143,12 @@ def cuda_environment(folder: Path, more: Sequence[str] = ()) -> dict[str, str]:
         # Warnings are of variables that TVM binds and does not use: thousands of characters before an error.
         "NVCC_APPEND_FLAGS": " ".join(filter(None, flags)),
     }
+
+
+def require_tools() -> None:
+    """TargetError when nvcc or a C compiler is missing."""
+    find_nvcc()
+    _tool("cc")
 
 
 def find_nvcc() -> Path:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from tvm import tirx
 
-from qsparse_export.runtimes.tvm.gpu.compile_gpu import ARCHITECTURES, compile_gpu, find_nvcc
+from qsparse_export.runtimes.tvm.codegen import GPU_ARCHITECTURES
+from qsparse_export.runtimes.tvm.gpu.compile_gpu import compile_gpu, find_nvcc
 from qsparse_export.runtimes.tvm.gpu.cubins import ELF_MAGIC, cubin_architectures
 from qsparse_export.runtimes.tvm.gpu.packed_bytes import dp4a
 from qsparse_export.runtimes.tvm.gpu.quantize_rows import quantize_rows
@@ -134,14 +135,14 @@ def nvcc_version() -> str:
 
 def table() -> str:
     """Markdown: every kernel for float32 on every architecture."""
-    columns = [resources(compiled(arch, "float32")) for arch in ARCHITECTURES]
+    columns = [resources(compiled(arch, "float32")) for arch in GPU_ARCHITECTURES]
     stack = max(each.stack_bytes for column in columns for each in column.values())
     lines = [
         f"nvcc {nvcc_version()}: registers of a thread (of the 255 there can be). Blocks have 256 threads. Most bytes of stack: "
         f"{stack}.",
         "",
-        f"| kernel | {' | '.join(ARCHITECTURES)} | shared memory, bytes |",
-        f"|---|{'---:|' * (len(ARCHITECTURES) + 1)}",
+        f"| kernel | {' | '.join(GPU_ARCHITECTURES)} | shared memory, bytes |",
+        f"|---|{'---:|' * (len(GPU_ARCHITECTURES) + 1)}",
     ]
     for name in sorted(columns[0]):
         numbers = " | ".join(str(column[name].registers) for column in columns)

@@ -17,7 +17,8 @@ from tvm import tirx
 from qsparse_export.errors import TargetError, UsageError
 from qsparse_export.runtimes.tvm import environment
 from qsparse_export.runtimes.tvm.gpu import compile_gpu as module
-from qsparse_export.runtimes.tvm.gpu.compile_gpu import ARCHITECTURES, compile_gpu, cuda_environment, find_nvcc
+from qsparse_export.runtimes.tvm.codegen import GPU_ARCHITECTURES
+from qsparse_export.runtimes.tvm.gpu.compile_gpu import compile_gpu, cuda_environment, find_nvcc
 from qsparse_export.runtimes.tvm.gpu.cubins import cubin_architectures
 from qsparse_export.runtimes.tvm.gpu.quantize_rows import quantize_rows
 from qsparse_export.runtimes.tvm.gpu.sparse_ternary_matmul import sparse_ternary_gemv
@@ -25,7 +26,7 @@ from qsparse_export.runtimes.tvm.gpu.workgroup import SHARED_BYTES
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", GPU_ARCHITECTURES)
 def test_machine_code_of_every_kernel(arch: str, dtype: str, evidence: Record) -> None:
     content = compiled(arch, dtype)
     assert list(cubin_architectures(content)) == [arch]
@@ -95,7 +96,7 @@ def test_this_process_stays_as_it_was(tmp_path: Path) -> None:
 
 def test_source_in_place_of_machine_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a libcuda.so.1 TVM embeds source, and does not say so."""
-    monkeypatch.setattr(module, "cuda_environment", lambda folder: dict(os.environ))
+    monkeypatch.setattr(module, "cuda_environment", lambda folder, more: dict(os.environ))
     with pytest.raises(TargetError, match="holds machine code for no GPU"):
         compile_gpu(quantize_rows(k_in=100).kernels, "cuda", "sm_80", tmp_path / "kernels.so")
     assert not list(tmp_path.iterdir())
