@@ -198,6 +198,7 @@ def _build_for_gpu(model: onnx.ModelProto, folder: Path, target: Target) -> None
     from qsparse_export.runtimes.tvm.build import linker
     from qsparse_export.runtimes.tvm.gpu.compile_gpu import compile_cuda_module
     from qsparse_export.runtimes.tvm.gpu.cuda_kernels import CudaKernels
+    from qsparse_export.runtimes.tvm.gpu.on_device import require_on_device
     from qsparse_export.runtimes.tvm.gpu.words import in_words
     from qsparse_export.runtimes.tvm.importer import imported
     from qsparse_export.runtimes.tvm.session import Program
@@ -205,6 +206,7 @@ def _build_for_gpu(model: onnx.ModelProto, folder: Path, target: Target) -> None
 
     program = Program.of(in_words(model), folder)
     module = imported(program.cut.rest, program.weights, CudaKernels())
+    require_on_device(module, target.name)
     compiler = linker(target.triple, host().triple)
     compile_cuda_module(module, gpu_architectures(target), folder / MODULE, target.triple, compiler)
 

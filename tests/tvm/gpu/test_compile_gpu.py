@@ -16,8 +16,8 @@ from tvm import tirx
 
 from qsparse_export.errors import TargetError, UsageError
 from qsparse_export.runtimes.tvm import environment
-from qsparse_export.runtimes.tvm.gpu import compile_gpu as module
 from qsparse_export.runtimes.tvm.codegen import GPU_ARCHITECTURES
+from qsparse_export.runtimes.tvm.gpu import compile_gpu as module
 from qsparse_export.runtimes.tvm.gpu.compile_gpu import compile_gpu, cuda_environment, find_nvcc
 from qsparse_export.runtimes.tvm.gpu.cubins import cubin_architectures
 from qsparse_export.runtimes.tvm.gpu.quantize_rows import quantize_rows
