@@ -97,7 +97,7 @@ class TvmSession:
         tokens, is.
         """
         results = results or {}
-        values = {name: self._tensor(value) for name, value in feeds.items()}
+        values = {name: self._tensor(value) for name, value in feeds.items() if name in self._taken}
         values |= self._positions(feeds)
         in_place = {c.made for c in self._program.caches if c.made in results and results[c.made] is feeds[c.given]}
         for cache in self._program.caches:
