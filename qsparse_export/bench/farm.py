@@ -124,6 +124,11 @@ def require_bundle(bundle: Bundle) -> None:
             f"{bundle.path} was exported for the runtime {bundle.manifest['runtime']}, and servers of TVM's RPC run modules of "
             "the runtime tvm: export it with --runtime tvm, or measure this one with --remote USER@HOST"
         )
+    if "cuda" in bundle.manifest["target"]["features"]:
+        raise BundleError(
+            f"{bundle.path} was exported for {bundle.manifest['target']['name']}, and over TVM's RPC a module runs on the "
+            "CPU of a device: run qsparse-bench on the device itself, or export for its CPU"
+        )
 
 
 def activity_here(bundle: Bundle, plan: Plan, on_step: Callable[[str], object]) -> Activity:

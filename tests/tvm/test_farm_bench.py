@@ -16,13 +16,13 @@ from loopback_farm import farm, free_port, mortal_farm
 
 import qsparse_export as qs
 from qsparse_export.bench import farm as bench_farm
-from qsparse_export.bench.farm import activity_here, borrowed
+from qsparse_export.bench.farm import activity_here, borrowed, require_bundle
 from qsparse_export.bench.farm_report import spell
 from qsparse_export.bench.plan import Plan
 from qsparse_export.cli.bench import main
 from qsparse_export.cli.bench_progress import Progress
 from qsparse_export.config import ModelConfig, SparsityRule, TopK
-from qsparse_export.errors import MeasurementError, TargetError
+from qsparse_export.errors import BundleError, MeasurementError, TargetError
 from qsparse_export.nn.decoder import Decoder
 from qsparse_export.runtimes.tvm import tracker as tracker_module
 
@@ -206,6 +206,12 @@ def test_what_listens_and_never_answers_is_left(bundle, monkeypatch, capsys):
         assert main(command(bundle, tracker)) == 1
     printed = capsys.readouterr()
     assert "no TVM tracker answers" in " ".join(printed.err.split()) and not printed.out
+
+
+def test_a_bundle_for_a_gpu(bundle):
+    target = {"name": "cuda-sm87", "features": ["cuda", "sm_87"]}
+    with pytest.raises(BundleError, match=r"exported for cuda-sm87, .* on the CPU of a device"):
+        require_bundle(replace(bundle, manifest={**bundle.manifest, "target": target}))
 
 
 def test_a_bundle_of_another_runtime(ort_bundle, capsys):

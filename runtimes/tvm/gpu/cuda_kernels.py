@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tvm import relax, tirx
+from tvm import ir, relax, tirx
 from tvm_ffi import StructuralKey
 
 from qsparse_export.runtimes.tvm.gpu.cached_attention import MANY_SLICES, cached_attention
@@ -47,8 +47,8 @@ _PROGRAMS: dict[str, _Make | _Choice] = {
     "gated_activation": gated_activation,
     "gather_nbits": gather_nbits,
     "rms_norm": rms_norm,
-    "sparse_matmul": sparse_matmul,
-    "sparse_matmul_nbits": sparse_matmul_nbits,
+    "sparse_matmul": _Choice(sparse_matmul, partial(sparse_matmul, slices=1), GEMM_ROWS),
+    "sparse_matmul_nbits": _Choice(sparse_matmul_nbits, partial(sparse_matmul_nbits, slices=1), GEMM_ROWS),
     "sparse_ternary_matmul": _Choice(
         partial(sparse_ternary_gemv, dot=dp4a), partial(sparse_ternary_gemm, dot=dp4a), GEMM_ROWS
     ),
@@ -60,7 +60,7 @@ class CudaKernels:
     """See :class:`~qsparse_export.runtimes.tvm.kernel_set.KernelSet`."""
 
     def __init__(self) -> None:
-        self._programs: dict[tuple[Any, ...], Any] = {}
+        self._made: dict[tuple[Any, ...], Program | ir.GlobalVar] = {}
         self._kernels: dict[StructuralKey, Any] = {}
 
     def call(
@@ -74,18 +74,21 @@ class CudaKernels:
         """See :class:`~qsparse_export.runtimes.tvm.kernel_set.KernelSet`."""
         found = _PROGRAMS[name]
         key = (name, *sorted(static.items()))
-        if not isinstance(found, _Choice):
-            if key not in self._programs:
-                self._programs[key] = found(**static)
-            return self._emitted(builder, builder, self._programs[key], arguments)
-        if key not in self._programs:
-            self._programs[key] = self._branch(builder, name, found, static)
-        made = builder.emit(relax.Call(self._programs[key], arguments))
+        if key not in self._made:
+            self._made[key] = self._branch(builder, name, found, static) if isinstance(found, _Choice) else found(**static)
+        made = self._made[key]
+        if isinstance(made, Program):
+            return self._emitted(builder, builder, made, arguments)
+        made = builder.emit(relax.Call(made, arguments))
         return [made] if len(results) == 1 else [builder.emit(relax.TupleGetItem(made, i)) for i in range(len(results))]
 
-    def _branch(self, builder: relax.BlockBuilder, name: str, choice: _Choice, static: dict[str, Any]) -> Any:
-        """The function that takes the one program or the other."""
+    def _branch(
+        self, builder: relax.BlockBuilder, name: str, choice: _Choice, static: dict[str, Any]
+    ) -> Program | ir.GlobalVar:
+        """The function that takes the one program or the other, or the program where both are one."""
         few, many = choice.few(**static), choice.many(**static)
+        if [StructuralKey(kernel) for kernel in few.kernels] == [StructuralKey(kernel) for kernel in many.kernels]:
+            return few
         functions = [self._function(builder, f"{name}_{rows}", each) for rows, each in (("few", few), ("many", many))]
 
         def taken(inner: relax.BlockBuilder, parameters: list[Any], sizes: dict[str, Any]) -> Any:

@@ -16,10 +16,17 @@ from pathlib import Path
 from tvm import tirx
 
 from qsparse_export.runtimes.tvm.codegen import GPU_ARCHITECTURES
+from qsparse_export.runtimes.tvm.gpu.cached_attention import MANY_SLICES, cached_attention
 from qsparse_export.runtimes.tvm.gpu.compile_gpu import compile_gpu, find_nvcc
 from qsparse_export.runtimes.tvm.gpu.cubins import ELF_MAGIC, cubin_architectures
+from qsparse_export.runtimes.tvm.gpu.dense_matmul import MANY_ROWS, dense_matmul, dense_matmul_nbits
+from qsparse_export.runtimes.tvm.gpu.gated_activation import gated_activation
+from qsparse_export.runtimes.tvm.gpu.gather_nbits import gather_nbits
 from qsparse_export.runtimes.tvm.gpu.packed_bytes import dp4a
+from qsparse_export.runtimes.tvm.gpu.program import Program
 from qsparse_export.runtimes.tvm.gpu.quantize_rows import quantize_rows
+from qsparse_export.runtimes.tvm.gpu.rms_norm import add_rms_norm, rms_norm
+from qsparse_export.runtimes.tvm.gpu.sparse_matmul import sparse_matmul
 from qsparse_export.runtimes.tvm.gpu.sparse_matmul_nbits import sparse_matmul_nbits
 from qsparse_export.runtimes.tvm.gpu.sparse_ternary_matmul import sparse_ternary_gemm, sparse_ternary_gemv
 from qsparse_export.runtimes.tvm.gpu.topk_sparsify import topk_sparsify
@@ -49,7 +56,7 @@ class Section:
 
 
 def every_kernel(dtype: str) -> list[tirx.PrimFunc]:
-    """One of each name."""
+    """One of each name; of float16 only the products: whole models compute in float32."""
     programs = [
         topk_sparsify(k_in=2560, k=16, block=32, rescale="l2", dtype=dtype),
         quantize_rows(k_in=2560, dtype=dtype),
@@ -57,7 +64,23 @@ def every_kernel(dtype: str) -> list[tirx.PrimFunc]:
         sparse_ternary_gemm(k_in=2560, n=[6912, 6912], k=1024, dtype=dtype, dot=dp4a),
         sparse_matmul_nbits(k_in=2560, n=[2560, 640, 640], bits=4, group=32, k=1024, dtype=dtype),
     ]
+    if dtype == "float32":
+        programs += _between()
     return list({name_of(kernel): kernel for program in programs for kernel in program.kernels}.values())
+
+
+def _between() -> list[Program]:
+    """What whole models take besides."""
+    return [
+        sparse_matmul(k_in=2560, n=[2560, 640, 640], k=1024),
+        dense_matmul(k_in=2560, n=128256, rows=MANY_ROWS),
+        dense_matmul_nbits(k_in=2560, n=128256, bits=4, group=32, rows=MANY_ROWS),
+        gather_nbits(n=128256, k=2560, bits=4, group=32),
+        rms_norm(n=6912, epsilon=1e-5),
+        add_rms_norm(n=2560, epsilon=1e-5),
+        gated_activation(n=6912, activation="silu"),
+        cached_attention(heads=20, kv_heads=5, width=128, slices=MANY_SLICES),
+    ]
 
 
 def name_of(kernel: tirx.PrimFunc) -> str:

@@ -35,7 +35,9 @@ def test_machine_code_of_every_kernel(arch: str, dtype: str, evidence: Record) -
     assert set(taken) == {name_of(kernel) for kernel in every_kernel(dtype)}
     assert not any(each.stack_bytes for each in taken.values()), "registers spill"
     assert 0 < max(each.shared_bytes for each in taken.values()) <= SHARED_BYTES
-    for op in ("TopKSparsify", "quantiser", "SparseTernaryMatMul", "SparseMatMulNBits"):
+    between = ("AddRmsNorm", "CachedAttention", "DenseMatMulNBits", "GatedActivation", "GatherNBits", "SparseMatMul")
+    products = ("TopKSparsify", "quantiser", "SparseTernaryMatMul", "SparseMatMulNBits")
+    for op in products + (between if dtype == "float32" else ()):
         evidence(Evidence(op, "TVM GPU", arch, COMPILED))
 
 
