@@ -75,7 +75,9 @@ class CudaKernels:
         found = _PROGRAMS[name]
         key = (name, *sorted(static.items()))
         if key not in self._made:
-            self._made[key] = self._branch(builder, name, found, static) if isinstance(found, _Choice) else found(**static)
+            self._made[key] = (
+                self._branch(builder, name, found, static) if isinstance(found, _Choice) else found(**static)
+            )
         made = self._made[key]
         if isinstance(made, Program):
             return self._emitted(builder, builder, made, arguments)
