@@ -16,6 +16,7 @@ from tvm_ffi import StructuralKey
 
 from qsparse_export.runtimes.tvm.gpu.cached_attention import MANY_SLICES, cached_attention
 from qsparse_export.runtimes.tvm.gpu.dense_matmul import MANY_ROWS, dense_matmul, dense_matmul_nbits
+from qsparse_export.runtimes.tvm.gpu.float_gemm import sparse_matmul_gemm, sparse_matmul_nbits_gemm
 from qsparse_export.runtimes.tvm.gpu.gated_activation import gated_activation
 from qsparse_export.runtimes.tvm.gpu.gather_nbits import gather_nbits
 from qsparse_export.runtimes.tvm.gpu.packed_bytes import dp4a
@@ -47,8 +48,8 @@ _PROGRAMS: dict[str, _Make | _Choice] = {
     "gated_activation": gated_activation,
     "gather_nbits": gather_nbits,
     "rms_norm": rms_norm,
-    "sparse_matmul": _Choice(sparse_matmul, partial(sparse_matmul, slices=1), GEMM_ROWS),
-    "sparse_matmul_nbits": _Choice(sparse_matmul_nbits, partial(sparse_matmul_nbits, slices=1), GEMM_ROWS),
+    "sparse_matmul": _Choice(sparse_matmul, sparse_matmul_gemm, GEMM_ROWS),
+    "sparse_matmul_nbits": _Choice(sparse_matmul_nbits, sparse_matmul_nbits_gemm, GEMM_ROWS),
     "sparse_ternary_matmul": _Choice(
         partial(sparse_ternary_gemv, dot=dp4a), partial(sparse_ternary_gemm, dot=dp4a), GEMM_ROWS
     ),
@@ -84,13 +85,9 @@ class CudaKernels:
         made = builder.emit(relax.Call(made, arguments))
         return [made] if len(results) == 1 else [builder.emit(relax.TupleGetItem(made, i)) for i in range(len(results))]
 
-    def _branch(
-        self, builder: relax.BlockBuilder, name: str, choice: _Choice, static: dict[str, Any]
-    ) -> Program | ir.GlobalVar:
-        """The function that takes the one program or the other, or the program where both are one."""
+    def _branch(self, builder: relax.BlockBuilder, name: str, choice: _Choice, static: dict[str, Any]) -> ir.GlobalVar:
+        """The function that takes the one program or the other."""
         few, many = choice.few(**static), choice.many(**static)
-        if [StructuralKey(kernel) for kernel in few.kernels] == [StructuralKey(kernel) for kernel in many.kernels]:
-            return few
         functions = [self._function(builder, f"{name}_{rows}", each) for rows, each in (("few", few), ("many", many))]
 
         def taken(inner: relax.BlockBuilder, parameters: list[Any], sizes: dict[str, Any]) -> Any:

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from qsparse_export.runtimes.tvm.gpu import float_bits
-from qsparse_export.runtimes.tvm.gpu.float_bits import wide
+from qsparse_export.runtimes.tvm.gpu.float_bits import nan_of_infinite, wide
 from qsparse_export.runtimes.tvm.gpu.group_sums import GROUPS, LANES
 from qsparse_export.runtimes.tvm.gpu.output_major import OutputMajor
 from qsparse_export.runtimes.tvm.gpu.program import Program, check_sizes
@@ -81,16 +80,9 @@ def dense_matmul_nbits(*, k_in: int, n: int, bits: int, group: int, dtype: str =
                 found.append((channel, T.bind(T.Cast("float32", packed.code(codes, place)) * scale)))
             return found
 
-        _products(x, y, (m, k_in, n, rows), packed.units, weights, _nan_of_infinite, dtype)
+        _products(x, y, (m, k_in, n, rows), packed.units, weights, nan_of_infinite, dtype)
 
     return Program((kernel("dense_matmul_nbits", body),), ("x", "w", "scales"), ("y",))
-
-
-def _nan_of_infinite(value: tirx.Expr) -> tirx.Expr:
-    """NaN for Inf too: the op has a row of NaN for a row with either, and NaN times a weight of 0 is NaN."""
-    is_infinite = float_bits.magnitude(value) == T.uint32(float_bits.INFINITY)
-    bits = T.Select(is_infinite, T.uint32(float_bits.NOT_A_NUMBER), T.reinterpret("uint32", value))
-    return T.reinterpret("float32", bits)
 
 
 def _products(

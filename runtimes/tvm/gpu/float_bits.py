@@ -38,6 +38,13 @@ def is_nan(value: tirx.Expr) -> tirx.Expr:
     return magnitude(value) > T.uint32(INFINITY)
 
 
+def nan_of_infinite(value: tirx.Expr) -> tirx.Expr:
+    """A float32, but NaN for Inf too: what an op multiplies that has a row of NaN for a row with either. NaN times 0 is NaN."""
+    is_infinite = magnitude(value) == T.uint32(INFINITY)
+    bits = T.Select(is_infinite, T.uint32(NOT_A_NUMBER), T.reinterpret("uint32", value))
+    return T.reinterpret("float32", bits)
+
+
 def half_to_float(half: tirx.Expr) -> tirx.Expr:
     """The float32 of a float16 in the lower half of a uint32, for targets without float16.
 

@@ -53,10 +53,7 @@ def sparse_matmul_nbits(
     worked on by blocks of their own; None: as many as leave each 512 channels. Raises UsageError when the attributes
     contradict each other.
     """
-    if bits not in nbits.BITS or group < 1:
-        raise UsageError(
-            f"SparseMatMulNBits: {bits} bits in groups of {group}; expected 4 or 8 bits and a positive group"
-        )
+    check_format(bits, group)
     kernels, source = masked(k_in, k, block, rescale, dtype)
     parts, joined = slices_of(k_in, slices), join(n, nbits.TILE_OUTPUTS)
     kernels += (
@@ -65,6 +62,14 @@ def sparse_matmul_nbits(
         _finish(joined, parts, dtype),
     )
     return Program(kernels, ("x", "w", "scales"), ("y",))
+
+
+def check_format(bits: int, group: int) -> None:
+    """UsageError for weights that are none."""
+    if bits not in nbits.BITS or group < 1:
+        raise UsageError(
+            f"SparseMatMulNBits: {bits} bits in groups of {group}; expected 4 or 8 bits and a positive group"
+        )
 
 
 def listed(k_in: int, source: str, dtype: str) -> tirx.PrimFunc:

@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 MODELS = {"qwen2": "int4", "bitnet": "keep"}
 LENGTHS = [(1, 11, 0), (2, 5, 3), (2, 1, 70), (1, 1, 5)]
 """Batch, tokens and past: the first two are many rows, for which other kernels run."""
-FEW, MANY = "attention_slices|ternary_gemv|dense_matmul", "attention_slices1|ternary_gemm|dense_matmul1"
+FEW, MANY = r"(attention_slices|(ternary|nbits)_gemv\d*)", r"(attention_slices1|(ternary|nbits)_gemm\d*)"
 
 
 @dataclass(frozen=True)
