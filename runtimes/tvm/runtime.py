@@ -136,7 +136,7 @@ class TvmRuntime:
 
         Raises UsageError for ``native=False``: there are no bodies; BundleError for a module that is damaged or another
         machine's, or was compiled elsewhere and is not trusted (:mod:`~qsparse_export.runtimes.tvm.made_here`); TargetError
-        for one with code for a GPU that is not here.
+        for one with code for a GPU that is not here, or for such a one and another ``graph``.
         """
         environment.require_tvm()
         from qsparse_export.runtimes.tvm.machine import GpuMachine, LocalMachine
@@ -149,19 +149,24 @@ class TvmRuntime:
         variant = f"tvm-{lanes_of(here).name}"
         weights = folder / WEIGHTS
         as_compiled = graph is None or (graph.resolve() == (folder / GRAPH).resolve())
-        if as_compiled and not taps and not self.rebuild:
-            architectures = _require_module(folder / MODULE, here)
-            made_here.require_trust(folder / MODULE)
-            if architectures:
-                from qsparse_export.runtimes.tvm.gpu.device import cuda_device
-                from qsparse_export.runtimes.tvm.gpu.words import in_words
+        architectures = () if taps or self.rebuild else _require_module(folder / MODULE, here)
+        if architectures:
+            from qsparse_export.runtimes.tvm.gpu.device import cuda_device
+            from qsparse_export.runtimes.tvm.gpu.words import in_words
 
-                device = cuda_device(folder / MODULE, architectures)
-                program = Program.of(in_words(model), folder)
-                return TvmSession(GpuMachine(folder / MODULE, program.weights, weights, device), program, "tvm-cuda")
-            program = Program.of(model, folder)
-            return TvmSession(LocalMachine(folder / MODULE, program.weights, weights, threads), program, variant)
+            if not as_compiled:
+                raise TargetError(
+                    f"{folder / MODULE} is for a GPU, and an altered graph would be compiled for the CPU, which compares with "
+                    "nothing; leave out what alters it (qsparse-bench --dense)"
+                )
+            made_here.require_trust(folder / MODULE)
+            device = cuda_device(folder / MODULE, architectures)
+            program = Program.of(in_words(model), folder)
+            return TvmSession(GpuMachine(folder / MODULE, program.weights, weights, device), program, "tvm-cuda")
         program = Program.of(model, folder)
+        if as_compiled and not taps and not self.rebuild:
+            made_here.require_trust(folder / MODULE)
+            return TvmSession(LocalMachine(folder / MODULE, program.weights, weights, threads), program, variant)
         with tempfile.TemporaryDirectory(prefix="qsparse-tvm-") as scratch:
             _build(program, here, DefaultTilings(cores_of(here)), Path(scratch) / MODULE)
             machine = LocalMachine(Path(scratch) / MODULE, program.weights, weights, threads)

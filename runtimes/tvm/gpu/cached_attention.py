@@ -7,6 +7,8 @@ softmax, arXiv 1805.02867). Slices are worked on by blocks of their own, so that
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -51,19 +53,28 @@ def cached_attention(*, heads: int, kv_heads: int, width: int, dtype: str = "flo
             f"{heads} heads on {kv_heads} of keys and values, {width} wide, in {slices} slices; expected a multiple, "
             "an even width, and a slice at least"
         )
-    sizes = _Sizes(heads, kv_heads, width, dtype, slices)
-    kernels = (sizes.remember(), sizes.attend(), sizes.finish())
+    attention = _Attention(heads, kv_heads, width, dtype, slices)
+    kernels = (attention.remember(), attention.attend(), attention.finish())
     return Program(kernels, ("qkv", "cos", "sin", "visible", "key", "value"), ("y",), in_place=("key", "value"))
 
 
-class _Sizes:
+@dataclass(frozen=True)
+class _Attention:
     """What is static; each method makes a kernel."""
 
-    def __init__(self, heads: int, kv_heads: int, width: int, dtype: str, slices: int) -> None:
-        self.heads, self.kv_heads, self.width, self.dtype, self.slices = heads, kv_heads, width, dtype, slices
-        self.half = width // 2
+    heads: int
+    kv_heads: int
+    width: int
+    dtype: str
+    slices: int
+
+    @property
+    def half(self) -> int:
+        """Pairs of values that turn together."""
+        return self.width // 2
 
     def _arguments(self, *names: str) -> dict[str, tirx.Var]:
+        """The tensors of these names, and the sizes "m", "tokens" and "total"."""
         m, batch, tokens, total, room = (tirx.Var(name, "int32") for name in ("m", "batch", "tokens", "total", "room"))
         shapes = {
             "qkv": ((m, (self.heads + 2 * self.kv_heads) * self.width), self.dtype),

@@ -145,6 +145,13 @@ def test_without_a_gpu_the_bundle_says_so(model: OnStandIn, capsys: pytest.Captu
     assert "--target cpu" in said
 
 
+def test_an_altered_graph_is_not_compiled_for_the_cpu(model: OnStandIn, tmp_path: Path) -> None:
+    altered = tmp_path / GRAPH
+    altered.write_bytes((model.bundle.path / GRAPH).read_bytes())
+    with pytest.raises(TargetError, match=r"an altered graph would be compiled for the CPU.*--dense"):
+        TvmRuntime().open(model.bundle.path, threads=1, native=True, graph=altered)
+
+
 @dataclass(frozen=True)
 class Gpu:
     compute_version: str
