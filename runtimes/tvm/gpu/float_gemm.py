@@ -61,7 +61,7 @@ def sparse_matmul_nbits_gemm(
         scales = T.arg("scales", T.buffer((nbits.group_count(k_in, group), joined.columns // 2), "uint32"))
         return _packed(w, scales, k_in, bits, group)
 
-    kernels += (_products("nbits_gemm", k_in, joined, source, dtype, weights, nan_of_infinite),)
+    kernels += (kernel("nbits_gemm", _products(k_in, joined, source, dtype, weights, nan_of_infinite)),)
     return Program(kernels, ("x", "w", "scales"), ("y",))
 
 
@@ -75,7 +75,7 @@ def sparse_matmul_gemm(
     def weights() -> _Load:
         return _floats(T.arg("w", T.buffer((k_in, joined.outputs), dtype)), k_in, joined.outputs)
 
-    kernels += (_products("float_gemm", k_in, joined, source, dtype, weights, lambda value: value),)
+    kernels += (kernel("float_gemm", _products(k_in, joined, source, dtype, weights, lambda value: value)),)
     return Program(kernels, ("x", "w"), ("y",))
 
 
@@ -110,16 +110,15 @@ def _floats(w: tirx.Buffer, k_in: int, outputs: int) -> _Load:
 
 
 def _products(
-    name: str,
     k_in: int,
     joined: Joined,
     source: str,
     dtype: str,
     declare: Callable[[], _Load],
     taken: Callable[[tirx.Expr], tirx.Expr],
-) -> tirx.PrimFunc:
-    """The kernel from the tensor ``source`` and those that ``declare`` names to "y"; ``taken`` is what a product makes of an
-    activation first.
+) -> Callable[[], None]:
+    """The body of a kernel from the tensor ``source`` and those that ``declare`` names to "y"; ``taken`` is what a product
+    makes of an activation first.
     """
 
     def bank(place: tirx.Expr, row: tirx.Expr) -> tirx.Expr:
@@ -159,4 +158,4 @@ def _products(
                         with when(tirx.all(row < m, output >= 0, output < matrix.outputs)):
                             assign(y, T.Cast(dtype, total[i * EACH + j]), row, matrix.first_output + output)
 
-    return kernel(name, body)
+    return body

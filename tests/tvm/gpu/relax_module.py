@@ -48,7 +48,7 @@ def accumulate() -> tirx.PrimFunc:
 
 def _emitted(builder: relax.BlockBuilder, program: Program, tensors: dict[str, Any], rows: int) -> Any:
     """Calls of the kernels of a program; its output."""
-    shapes, tensors = program.shapes(rows), dict(tensors)
+    shapes, tensors = program.shapes({"m": rows}), dict(tensors)
     for function in program.kernels:
         names = [buffer.name for buffer in function.params]
         made = [name for name in names if name not in tensors]

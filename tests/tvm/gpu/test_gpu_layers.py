@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from evidence import EMULATED, EXECUTED, Evidence, Record
 from gpu_cases import Case
-from layer_cases import layer_cases
+from layer_cases import is_float16, layer_cases
 from software_device import SoftwareDevice
 
 from qsparse_export.errors import UsageError
@@ -20,19 +20,15 @@ from qsparse_export.runtimes.tvm.gpu.words import as_words
 CASES = list(layer_cases(11))
 
 
-def is_float32(case: Case) -> bool:
-    """PoCL has no float16 on a CPU."""
-    return not any(str(buffer.dtype) == "float16" for buffer in case.program.buffers().values())
-
-
-@pytest.mark.parametrize("case", filter(is_float32, CASES[::3]), ids=lambda case: case.label)
+@pytest.mark.parametrize("case", [case for case in CASES if not is_float16(case)], ids=lambda case: case.label)
 def test_on_pocl(pocl: SoftwareDevice, case: Case, evidence: Record) -> None:
     case.check(pocl.run(case.program, case.inputs))
     evidence(Evidence(case.label.split()[0], "TVM GPU", "OpenCL", EXECUTED, "PoCL, on the CPU"))
 
 
-@pytest.mark.parametrize("case", CASES[::8], ids=lambda case: case.label)
+@pytest.mark.parametrize("case", filter(is_float16, CASES), ids=lambda case: case.label)
 def test_emulated_cuda(emulated_cuda: SoftwareDevice, case: Case, evidence: Record) -> None:
+    """Those in float32 are in the whole models of test_whole_models.py."""
     case.check(emulated_cuda.run(case.program, case.inputs))
     evidence(Evidence(case.label.split()[0], "TVM GPU", "CUDA source", EMULATED, "blocks and threads on the CPU"))
 
