@@ -16,9 +16,9 @@ from tvm_ffi import StructuralKey
 
 from qsparse_export.runtimes.tvm.gpu.cached_attention import MANY_SLICES, cached_attention
 from qsparse_export.runtimes.tvm.gpu.dense_matmul import MANY_ROWS, dense_matmul, dense_matmul_nbits
-from qsparse_export.runtimes.tvm.gpu.float_gemm import sparse_matmul_gemm, sparse_matmul_nbits_gemm
 from qsparse_export.runtimes.tvm.gpu.gated_activation import gated_activation
 from qsparse_export.runtimes.tvm.gpu.gather_nbits import gather_nbits
+from qsparse_export.runtimes.tvm.gpu.nbits_gemm import sparse_matmul_nbits_gemm
 from qsparse_export.runtimes.tvm.gpu.packed_bytes import dp4a
 from qsparse_export.runtimes.tvm.gpu.program import Program
 from qsparse_export.runtimes.tvm.gpu.rms_norm import add_rms_norm, rms_norm
@@ -48,7 +48,7 @@ _PROGRAMS: dict[str, _Make | _Choice] = {
     "gated_activation": gated_activation,
     "gather_nbits": gather_nbits,
     "rms_norm": rms_norm,
-    "sparse_matmul": _Choice(sparse_matmul, sparse_matmul_gemm, GEMM_ROWS),
+    "sparse_matmul": _Choice(sparse_matmul, partial(sparse_matmul, slices=1), GEMM_ROWS),
     "sparse_matmul_nbits": _Choice(sparse_matmul_nbits, sparse_matmul_nbits_gemm, GEMM_ROWS),
     "sparse_ternary_matmul": _Choice(
         partial(sparse_ternary_gemv, dot=dp4a), partial(sparse_ternary_gemm, dot=dp4a), GEMM_ROWS

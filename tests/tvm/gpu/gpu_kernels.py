@@ -20,9 +20,9 @@ from qsparse_export.runtimes.tvm.gpu.cached_attention import MANY_SLICES, cached
 from qsparse_export.runtimes.tvm.gpu.compile_gpu import compile_gpu, find_nvcc
 from qsparse_export.runtimes.tvm.gpu.cubins import ELF_MAGIC, cubin_architectures
 from qsparse_export.runtimes.tvm.gpu.dense_matmul import MANY_ROWS, dense_matmul, dense_matmul_nbits
-from qsparse_export.runtimes.tvm.gpu.float_gemm import sparse_matmul_gemm, sparse_matmul_nbits_gemm
 from qsparse_export.runtimes.tvm.gpu.gated_activation import gated_activation
 from qsparse_export.runtimes.tvm.gpu.gather_nbits import gather_nbits
+from qsparse_export.runtimes.tvm.gpu.nbits_gemm import sparse_matmul_nbits_gemm
 from qsparse_export.runtimes.tvm.gpu.packed_bytes import dp4a
 from qsparse_export.runtimes.tvm.gpu.program import Program
 from qsparse_export.runtimes.tvm.gpu.quantize_rows import quantize_rows
@@ -74,7 +74,6 @@ def _between() -> list[Program]:
     """What whole models take besides."""
     return [
         sparse_matmul(k_in=2560, n=[2560, 640, 640], k=1024),
-        sparse_matmul_gemm(k_in=2560, n=[2560, 640, 640], k=1024),
         sparse_matmul_nbits_gemm(k_in=2560, n=[6912, 6912], bits=4, group=32, k=1024),
         dense_matmul(k_in=2560, n=128256, rows=MANY_ROWS),
         dense_matmul_nbits(k_in=2560, n=128256, bits=4, group=32, rows=MANY_ROWS),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -20,15 +20,14 @@ from gated_activation_cases import GatedActivation
 from gather_cases import Gather
 from gpu_cases import EPS, Case
 from kernel_inputs import magnitudes
-from sparse_matmul_cases import SparseMatMul, float_weights, integer_weights
+from sparse_matmul_cases import SparseMatMul, integer_weights
 
 from qsparse_export.formats import nbits
 from qsparse_export.runtimes.tvm.gpu.cached_attention import MANY_SLICES, cached_attention
 from qsparse_export.runtimes.tvm.gpu.dense_matmul import MANY_ROWS, dense_matmul, dense_matmul_nbits
-from qsparse_export.runtimes.tvm.gpu.float_gemm import ROWS, sparse_matmul_gemm, sparse_matmul_nbits_gemm
 from qsparse_export.runtimes.tvm.gpu.gated_activation import gated_activation
 from qsparse_export.runtimes.tvm.gpu.gather_nbits import gather_nbits
-from qsparse_export.runtimes.tvm.gpu.program import Program
+from qsparse_export.runtimes.tvm.gpu.nbits_gemm import ROWS, sparse_matmul_nbits_gemm
 from qsparse_export.runtimes.tvm.gpu.rms_norm import add_rms_norm, rms_norm
 from qsparse_export.runtimes.tvm.gpu.sparse_matmul import sparse_matmul
 from qsparse_export.runtimes.tvm.gpu.words import as_words
@@ -87,9 +86,11 @@ def float_head_case(rng: np.random.Generator, m: int, k_in: int, n: int, rows: i
     return Case(label, dense_matmul(k_in=k_in, n=n, rows=rows), {"x": x, "w": w}, check)
 
 
-def float_case(case: SparseMatMul, make: Callable[..., Program]) -> Case:
+def float_case(case: SparseMatMul) -> Case:
     inputs = {"x": case.x, "w": case.weights.rows}
-    return Case(_label("SparseMatMul", case, make), make(**_static(case)), inputs, lambda made: case.check(made["y"]))
+    return Case(
+        _label("SparseMatMul", case), sparse_matmul(**_static(case)), inputs, lambda made: case.check(made["y"])
+    )
 
 
 def nbits_gemm_case(case: SparseMatMul) -> Case:
@@ -101,7 +102,7 @@ def nbits_gemm_case(case: SparseMatMul) -> Case:
         "scales": case.weights.scales.view(np.uint32),
     }
     exact = replace(case, fixed_point=False)
-    label = f"{_label('SparseMatMulNBits', case, sparse_matmul_nbits_gemm)} {bits} bits group {case.weights.group}"
+    label = f"{_label('SparseMatMulNBits', case)} {bits} bits group {case.weights.group}"
     return Case(label, program, inputs, lambda made: exact.check(made["y"]))
 
 
@@ -110,9 +111,9 @@ def _static(case: SparseMatMul) -> dict[str, Any]:
     return {"k_in": case.x.shape[1], "n": case.weights.outputs, "dtype": case.x.dtype.name, **selection}
 
 
-def _label(op: str, case: SparseMatMul, make: Callable[..., Program]) -> str:
+def _label(op: str, case: SparseMatMul) -> str:
     sizes = f"n {case.weights.outputs} k {case.k} block {case.block} l2 {case.rescale}"
-    return f"{op} {make.__name__} {_kind(case.x)} {sizes}"
+    return f"{op} {_kind(case.x)} {sizes}"
 
 
 def attention_case(case: CachedAttention, slices: int) -> Case:
@@ -153,12 +154,10 @@ def layer_cases(seed: int) -> Iterator[Case]:
         yield float_head_case(rng, m, k_in, n, rows)
     products = [case for case in _some(sparse_matmul_cases.cases(rng), 1) if sum(case.weights.outputs)]
     floats = [case for case in products if not case.weights.group and case.weights.rows.dtype == case.x.dtype]
-    yield from (float_case(case, sparse_matmul) for case in floats[::20])
-    yield from (float_case(case, sparse_matmul_gemm) for case in floats[1::20])
+    yield from (float_case(case) for case in floats[::20])
     yield from (nbits_gemm_case(case) for case in [case for case in products if case.weights.group][5::40])
     x = magnitudes(rng, ROWS + 6, 33, "normal")
     yield nbits_gemm_case(SparseMatMul(x, integer_weights(rng, (65, 130), 33, 4, 32), 12))
-    yield float_case(SparseMatMul(x, float_weights(rng, (65, 130), 33, np.float32), 12), sparse_matmul_gemm)
     attention = _some(cached_attention_cases.cases(rng), 5)
     yield from (attention_case(case, (MANY_SLICES, 1)[i % 2]) for i, case in enumerate(attention))
 

@@ -1,4 +1,4 @@
-"""SparseMatMulNBits and SparseMatMul for many rows on a GPU: every channel is read, once for 64 rows.
+"""SparseMatMulNBits for many rows on a GPU: every channel is read, once for 64 rows.
 
 Blocks of 64 rows and 64 outputs. Activations and weights, as float32, lie in shared memory for 16 channels at a time; a thread
 adds up four rows of four outputs.
@@ -19,7 +19,6 @@ from qsparse_export.runtimes.tvm.gpu.program import Program
 from qsparse_export.runtimes.tvm.gpu.sparse_matmul_nbits import check_format
 from qsparse_export.runtimes.tvm.gpu.topk_sparsify import masked
 from qsparse_export.runtimes.tvm.gpu.workgroup import (
-    THREADS,
     assign,
     barrier,
     ceil_div,
@@ -55,28 +54,8 @@ def sparse_matmul_nbits_gemm(
     check_format(bits, group)
     kernels, source = masked(k_in, k, block, rescale, dtype)
     joined = join(n, nbits.TILE_OUTPUTS)
-
-    def weights() -> _Load:
-        w = T.arg("w", T.buffer((k_in, joined.columns * bits // 32), "uint32"))
-        scales = T.arg("scales", T.buffer((nbits.group_count(k_in, group), joined.columns // 2), "uint32"))
-        return _packed(w, scales, k_in, bits, group)
-
-    kernels += (kernel("nbits_gemm", _products(k_in, joined, source, dtype, weights, nan_of_infinite)),)
+    kernels += (_products(k_in, joined, bits, group, source, dtype),)
     return Program(kernels, ("x", "w", "scales"), ("y",))
-
-
-def sparse_matmul_gemm(
-    *, k_in: int, n: Sequence[int], k: int, block: int = 0, rescale: str = "none", dtype: str = "float32"
-) -> Program:
-    """As :func:`~qsparse_export.runtimes.tvm.gpu.sparse_matmul.sparse_matmul`, for many rows."""
-    kernels, source = masked(k_in, k, block, rescale, dtype)
-    joined = join((sum(n),), 1)
-
-    def weights() -> _Load:
-        return _floats(T.arg("w", T.buffer((k_in, joined.outputs), dtype)), k_in, joined.outputs)
-
-    kernels += (kernel("float_gemm", _products(k_in, joined, source, dtype, weights, lambda value: value)),)
-    return Program(kernels, ("x", "w"), ("y",))
 
 
 def _packed(w: tirx.Buffer, scales: tirx.Buffer, k_in: int, bits: int, group: int) -> _Load:
@@ -99,27 +78,8 @@ def _packed(w: tirx.Buffer, scales: tirx.Buffer, k_in: int, bits: int, group: in
     return load
 
 
-def _floats(w: tirx.Buffer, k_in: int, outputs: int) -> _Load:
-    def load(weights: tirx.Buffer, first: tirx.Expr, tile: tirx.Expr, thread: tirx.Expr) -> None:
-        for i in range(STEP * OUTPUTS // THREADS):
-            place, column = T.bind((thread + THREADS * i) // OUTPUTS), T.bind((thread + THREADS * i) % OUTPUTS)
-            value = w[T.min(first + place, k_in - 1), T.min(tile * OUTPUTS + column, outputs - 1)]
-            assign(weights, wide(value), place, column)
-
-    return load
-
-
-def _products(
-    k_in: int,
-    joined: Joined,
-    source: str,
-    dtype: str,
-    declare: Callable[[], _Load],
-    taken: Callable[[tirx.Expr], tirx.Expr],
-) -> Callable[[], None]:
-    """The body of a kernel from the tensor ``source`` and those that ``declare`` names to "y"; ``taken`` is what a product
-    makes of an activation first.
-    """
+def _products(k_in: int, joined: Joined, bits: int, group: int, source: str, dtype: str) -> tirx.PrimFunc:
+    """The kernel from the tensor ``source``, "w" and "scales" to "y"."""
 
     def bank(place: tirx.Expr, row: tirx.Expr) -> tirx.Expr:
         """Turned by the channel, so that threads which write along the channels hit other banks."""
@@ -128,10 +88,12 @@ def _products(
     def body() -> None:
         m = tirx.Var("m", "int32")
         x = T.arg(source, T.buffer((m, k_in), dtype))
-        load = declare()
+        w = T.arg("w", T.buffer((k_in, joined.columns * bits // 32), "uint32"))
+        scales = T.arg("scales", T.buffer((nbits.group_count(k_in, group), joined.columns // 2), "uint32"))
         y = T.arg("y", T.buffer((m, joined.outputs), dtype))
         with threads(ceil_div(m, ROWS), -(-joined.columns // OUTPUTS)) as (block, tile, thread):
             rows, weights = shared((STEP, ROWS), "float32"), shared((STEP, OUTPUTS), "float32")
+            load = _packed(w, scales, k_in, bits, group)
             total = local(EACH * EACH, "float32", 0.0)
             own_row, own_output = T.bind(thread // STEP), T.bind(thread % STEP)
             with T.serial(0, -(-k_in // STEP)) as step:
@@ -139,7 +101,7 @@ def _products(
                 for i in range(EACH):
                     row = T.bind(own_row + i * STEP)
                     value = T.bind(wide(x[T.min(block * ROWS + row, m - 1), T.min(channel, k_in - 1)]))
-                    inside = T.Select(channel < k_in, taken(value), T.float32(0))
+                    inside = T.Select(channel < k_in, nan_of_infinite(value), T.float32(0))
                     assign(rows, inside, own_output, bank(own_output, row))
                 load(weights, T.bind(step * STEP), tile, thread)
                 barrier()
@@ -158,4 +120,4 @@ def _products(
                         with when(tirx.all(row < m, output >= 0, output < matrix.outputs)):
                             assign(y, T.Cast(dtype, total[i * EACH + j]), row, matrix.first_output + output)
 
-    return body
+    return kernel("nbits_gemm", body)
