@@ -83,8 +83,8 @@ using emulated::multiply_tiles;
 using emulated::subtract_halves;
 using emulated::to_float;
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, void*, Arguments... arguments) {
-  emulated::run_grid(grid, kThreads, [=] { kernel(arguments...); });
+void launch(void (*kernel)(Parameters...), dim3 grid, void* stream, Arguments... arguments) {
+  emulated::launch(grid, kThreads, stream, [=] { kernel(arguments...); });
 }
 inline bool launch_failed() { return emulated::has_failed(); }
 inline int64_t count_multiprocessors() { return emulated::kMultiprocessors; }
