@@ -17,7 +17,9 @@ from qsparse_export.runtimes.ort.library import open_library
 from qsparse_export.runtimes.ort.runtime import CUDA_PROVIDER
 
 BUNDLE, LIBRARY = map(Path, sys.argv[1:])
-ROOM, RUNS = 16, 3
+ROOM = 16
+GRAPHS = ("-1", "1", "1", "-1", "1")
+"""Of each run the number of its graph; -1: none."""
 SIZES = {"batch": 1, "sequence": 1, "total": ROOM, "past": ROOM}
 KINDS = {"tensor(int64)": "int64", "tensor(float)": "float32", "tensor(float16)": "float16"}
 
@@ -52,10 +54,12 @@ kernels = open_library(LIBRARY)
 session = opened()
 binding = bound(session)
 report = []
-for _ in range(RUNS):
+for graph in GRAPHS:
     before = kernels.calls()
     stand_in.stand_in_take_counts()
-    session.run_with_iobinding(binding)
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", graph)
+    session.run_with_iobinding(binding, options)
     calls = {op: each["cuda"] - before.get(op, {}).get("cuda", 0) for op, each in kernels.calls().items()}
     counts = json.loads(stand_in.stand_in_take_counts())
     report.append({"calls": calls, "problem": stand_in.stand_in_problem().decode(), **counts})
