@@ -48,6 +48,7 @@ struct DenseMatMulKernel : NBitsKernel {
 
   OrtStatus* init(const OrtKernelInfo* info) {
     QSPARSE_RETURN_IF_ERROR(NBitsKernel::init(info));
+    QSPARSE_RETURN_IF_ERROR(kept.keep(api, info, 1));
     QSPARSE_RETURN_IF_ERROR(read_int(api, info, op_name(op), "n", &n));
     return n >= 0 ? nullptr : error(api, prefix(op) + "n is " + std::to_string(n) + "; expected 0 or more");
   }
@@ -61,6 +62,7 @@ struct DenseMatMulKernel : NBitsKernel {
     }
     args.n = n;
     QSPARSE_RETURN_IF_ERROR(read_weights(context, &args.w, &args.scales, &args.n));
+    args.w = kept.or_else(args.w);
     args.type = kKernelType<Type>;
     args.m = row_count(shape);
     args.k = k;
@@ -78,6 +80,7 @@ struct DenseMatMulKernel : NBitsKernel {
   }
 
   int64_t n = 0;
+  Weights kept;
 };
 
 struct GatherKernel : NBitsKernel {

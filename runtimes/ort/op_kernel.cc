@@ -1,6 +1,26 @@
 #include "op_kernel.h"
 
 namespace qsparse_ort {
+namespace {
+
+// Of a type that weights have; 0 for others.
+size_t bits_of(ONNXTensorElementDataType type) {
+  switch (type) {
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
+      return 32;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+      return 16;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8:
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8:
+      return 8;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4:
+      return 4;
+    default:
+      return 0;
+  }
+}
+
+}  // namespace
 
 const OrtApi* inference_api = nullptr;
 
@@ -43,6 +63,25 @@ OrtStatus* OutputList::read(const Kernel& kernel, const OrtKernelInfo* info) {
     }
     outputs += n[i];
   }
+  return nullptr;
+}
+
+OrtStatus* Weights::keep(const OrtApi& api, const OrtKernelInfo* info, size_t position) {
+  int is_constant = 0;
+  const OrtValue* value = nullptr;
+  QSPARSE_RETURN_IF_ERROR(api.KernelInfoGetConstantInput_tensor(info, position, &is_constant, &value));
+  if (!is_constant) return nullptr;
+  OrtTensorTypeAndShapeInfo* type = nullptr;
+  QSPARSE_RETURN_IF_ERROR(api.GetTensorTypeAndShape(value, &type));
+  ONNXTensorElementDataType element = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  size_t elements = 0;
+  OrtStatus* status = api.GetTensorElementType(type, &element);
+  if (status == nullptr) status = api.GetTensorShapeElementCount(type, &elements);
+  api.ReleaseTensorTypeAndShapeInfo(type);
+  if (status != nullptr) return status;
+  void* data = nullptr;  // the API has no read-only access
+  QSPARSE_RETURN_IF_ERROR(api.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+  kept_ = in_huge_pages(data, (elements * bits_of(element) + 7) / 8);
   return nullptr;
 }
 

@@ -13,6 +13,7 @@
 
 #include "api.h"
 #include "calls.h"
+#include "huge_pages.h"
 
 namespace qsparse_ort {
 
@@ -64,6 +65,21 @@ struct Kernel {
   const OrtApi& api;
   const Op op;
   const qsk_variant* variant = nullptr;
+};
+
+// A constant input that is read at every run: from huge pages, where it could be brought there.
+class Weights {
+ public:
+  // Of the input at `position`; does nothing unless it is constant.
+  OrtStatus* keep(const OrtApi& api, const OrtKernelInfo* info, size_t position);
+  // What is kept, or else `given`.
+  template <typename Data>
+  const Data* or_else(const Data* given) const {
+    return kept_ == nullptr ? given : static_cast<const Data*>(kept_.get());
+  }
+
+ private:
+  std::shared_ptr<const void> kept_;
 };
 
 // The attributes of a selection, as TopKSparsify has them.

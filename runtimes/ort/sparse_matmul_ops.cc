@@ -23,6 +23,7 @@ struct SparseMatMulKernel : Kernel {
 
   OrtStatus* init(const OrtKernelInfo* info) {
     QSPARSE_RETURN_IF_ERROR(choose_variant());
+    QSPARSE_RETURN_IF_ERROR(kept.keep(api, info, 1));
     QSPARSE_RETURN_IF_ERROR(selection.read(*this, info));
     QSPARSE_RETURN_IF_ERROR(list.read(*this, info));
     for (int64_t i = 0; i < list.matrices; ++i) columns += qsk_sparse_matmul_columns(kWeightType<Weight>, list.n[i]);
@@ -62,7 +63,7 @@ struct SparseMatMulKernel : Kernel {
     }
     args.type = kKernelType<Type>;
     args.weight_type = kWeightType<Weight>;
-    args.w = w;
+    args.w = kept.or_else(w);
     args.group = group;
     args.n = list.n;
     args.matrices = list.matrices;
@@ -84,6 +85,7 @@ struct SparseMatMulKernel : Kernel {
   OutputList list;
   int64_t columns = 0;
   int64_t group = 0;
+  Weights kept;
 };
 
 OrtStatus* infer_joined(OrtShapeInferContext* context) {

@@ -12,6 +12,7 @@ struct TernaryMatMulKernel : Kernel {
 
   OrtStatus* init(const OrtKernelInfo* info) {
     QSPARSE_RETURN_IF_ERROR(choose_variant());
+    QSPARSE_RETURN_IF_ERROR(kept.keep(api, info, 1));
     QSPARSE_RETURN_IF_ERROR(read_int(api, info, op_name(op), "n", &n));
     if (n < 0) return error(api, prefix(op) + "n is " + std::to_string(n) + "; expected 0 or more");
     int is_constant = 0;
@@ -51,7 +52,7 @@ struct TernaryMatMulKernel : Kernel {
     shape.dims[shape.rank - 1] = n;
     void* y = nullptr;
     QSPARSE_RETURN_IF_ERROR(output_data(api, context, shape, &y));
-    const qsk_ternary_matmul_args args = {kKernelType<Type>, x, w, *scale, y, m, k, n};
+    const qsk_ternary_matmul_args args = {kKernelType<Type>, x, kept.or_else(w), *scale, y, m, k, n};
     Pool pool(api, context);
     const int64_t scratch_bytes = qsk_ternary_matmul_scratch_bytes(&args, pool.parallel());
     const int status =
@@ -64,6 +65,7 @@ struct TernaryMatMulKernel : Kernel {
   int64_t n = 0;
   bool has_constant_weights = false;
   Shape weights_shape = {};
+  Weights kept;
 };
 
 template <ONNXTensorElementDataType Type>
@@ -72,6 +74,7 @@ struct SparseTernaryMatMulKernel : Kernel {
 
   OrtStatus* init(const OrtKernelInfo* info) {
     QSPARSE_RETURN_IF_ERROR(choose_variant());
+    QSPARSE_RETURN_IF_ERROR(kept.keep(api, info, 1));
     QSPARSE_RETURN_IF_ERROR(selection.read(*this, info));
     QSPARSE_RETURN_IF_ERROR(list.read(*this, info));
     for (int64_t i = 0; i < list.matrices; ++i) row_bytes += qsk_ternary_row_bytes(list.n[i]);
@@ -103,7 +106,7 @@ struct SparseTernaryMatMulKernel : Kernel {
     qsk_sparse_ternary_matmul_args args = {};
     args.type = kKernelType<Type>;
     args.x = x;
-    args.w = w;
+    args.w = kept.or_else(w);
     args.scales = scales;
     args.n = list.n;
     args.matrices = list.matrices;
@@ -125,6 +128,7 @@ struct SparseTernaryMatMulKernel : Kernel {
   Selection selection;
   OutputList list;
   int64_t row_bytes = 0;
+  Weights kept;
 };
 
 template <Op kName, OrtOpAttrType kOutputs, typename KernelType, ONNXTensorElementDataType Type>

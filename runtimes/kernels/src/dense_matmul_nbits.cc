@@ -12,8 +12,12 @@
 namespace qsk {
 namespace {
 
-constexpr int64_t kLanes = 8;              // of which each has inputs of one group
-constexpr int64_t kPieceBytes = 64 << 10;  // of weights that a worker takes at a time
+constexpr int64_t kLanes = 8;  // of which each has inputs of one group
+
+// Weights that a worker takes at a time. It prefetches beyond their end, which is another worker's work: so they are
+// many, but enough pieces for all to finish together.
+constexpr int64_t kLeastPieceBytes = 64 << 10;
+constexpr int64_t kPiecesPerWorker = 64;
 
 struct Plan {
   explicit Plan(const qsk_dense_matmul_nbits_args& given, const qsk_parallel* parallel) : args(given) {
@@ -22,7 +26,8 @@ struct Plan {
     steps = ceil_div(row_bytes, 32);
     const int64_t blocks = ceil_div(steps, kDenseBlockSteps);
     x_bytes = blocks * static_cast<int64_t>(args.bits == 4 ? sizeof(DenseBlock<4>) : sizeof(DenseBlock<8>));
-    piece_outputs = max_of(1, kPieceBytes / max_of(1, row_bytes));
+    const int64_t least_outputs = max_of(1, kLeastPieceBytes / max_of(1, row_bytes));
+    piece_outputs = max_of(least_outputs, ceil_div(args.n, kPiecesPerWorker * worker_count(parallel)));
     pieces = ceil_div(args.n, piece_outputs);
     workers = min_of(worker_count(parallel), max_of(1, pieces));
   }

@@ -77,44 +77,61 @@ I8 step_sums(const uint8_t* words, const DenseStep<Bits>& x) {
 
 constexpr int64_t kAheadBytes = 8 << 10;  // of weights, which lie in order
 
-// The first `steps` of a block's.
-template <int Bits>
-F8 block_sums(const uint8_t* words, const DenseBlock<Bits>& x, int64_t steps) {
+// What the first `Steps` steps of a block add to the eight lanes of an output.
+template <int Bits, int Steps>
+F8 block_product(const uint8_t* words, const DenseBlock<Bits>& x, const float* scales, const int32_t* lanes) {
   I8 sums[kDenseBlockSteps];
   QSK_UNROLL
-  for (int64_t i = 0; i < kDenseBlockSteps; ++i) {
-    sums[i] = i < steps ? step_sums<Bits>(words + i * 32, x.steps[i]) : splat_int(0);
+  for (int i = 0; i < kDenseBlockSteps; ++i) {
+    sums[i] = i < Steps ? step_sums<Bits>(words + i * 32, x.steps[i]) : splat_int(0);
   }
-  return from_int(add_halves(sums[0], sums[1], sums[2], sums[3]));
+  const F8 scale = mul(load(x.units), pick(scales, lanes));
+  return mul(from_int(add_halves(sums[0], sums[1], sums[2], sums[3])), scale);
+}
+
+template <int Bits>
+F8 last_product(const uint8_t* words, const DenseBlock<Bits>& x, const float* scales, const int32_t* lanes,
+                int64_t steps) {
+  switch (steps) {
+    case 1:
+      return block_product<Bits, 1>(words, x, scales, lanes);
+    case 2:
+      return block_product<Bits, 2>(words, x, scales, lanes);
+    case 3:
+      return block_product<Bits, 3>(words, x, scales, lanes);
+    default:
+      return block_product<Bits, 4>(words, x, scales, lanes);
+  }
 }
 
 template <int Bits>
 float output_by_blocks(const DenseRows& rows, const uint8_t* w, const float* scales, const BlockScales<Bits>& of_block,
                        const DenseBlock<Bits>* x) {
   constexpr int64_t kBlockBytes = kDenseBlockSteps * 32;
-  const int64_t last = (rows.steps - 1) / kDenseBlockSteps;
+  const int64_t whole_blocks = rows.row_bytes / kBlockBytes, bytes_left = rows.row_bytes % kBlockBytes;
   F8 total = zero();
   int64_t blocks_left = of_block.blocks;
-  for (int64_t block = 0; block < last; ++block) {
+  for (int64_t block = 0; block < whole_blocks; ++block) {
     const uint8_t* const words = w + block * kBlockBytes;
     __builtin_prefetch(words + kAheadBytes);
     __builtin_prefetch(words + kAheadBytes + kBlockBytes / 2);
-    const F8 scale = mul(load(x[block].units), pick(scales, of_block.lanes));
-    total = add(total, mul(block_sums<Bits>(words, x[block], kDenseBlockSteps), scale));
+    total = add(total, block_product<Bits, kDenseBlockSteps>(words, x[block], scales, of_block.lanes));
     if (--blocks_left == 0) {
       scales += of_block.advance;
       blocks_left = of_block.blocks;
     }
   }
-  const uint8_t* words = w + last * kBlockBytes;
-  uint8_t padded[kBlockBytes];
-  if (rows.row_bytes % 32 != 0) {
-    memset(padded, 0, sizeof padded);
-    memcpy(padded, words, rows.row_bytes - last * kBlockBytes);
-    words = padded;
+  if (bytes_left > 0) {
+    const uint8_t* words = w + whole_blocks * kBlockBytes;
+    uint8_t padded[kBlockBytes];
+    if (bytes_left % 32 != 0) {
+      memset(padded, 0, sizeof padded);
+      memcpy(padded, words, bytes_left);
+      words = padded;
+    }
+    total = add(total, last_product<Bits>(words, x[whole_blocks], scales, of_block.last_lanes, (bytes_left + 31) / 32));
   }
-  const F8 scale = mul(load(x[last].units), pick(scales, of_block.last_lanes));
-  return sum(add(total, mul(block_sums<Bits>(words, x[last], rows.steps - last * kDenseBlockSteps), scale)));
+  return sum(total);
 }
 
 // Any groups of whole words: each lane of a step has its scale.
@@ -138,9 +155,10 @@ float output_by_steps(const DenseRows& rows, const uint8_t* w, const float* scal
   return sum(total);
 }
 
-// y = output(weights, scales, x) of every output and row.
+// y = output(weights, scales, x) of every output and row. By value: what is behind a reference would be read again after
+// each write to y.
 template <int Bits, class Output>
-void for_outputs(const DenseRows& rows, float* y, const Output& output) {
+void for_outputs(DenseRows rows, float* y, Output output) {
   const auto* x = static_cast<const DenseBlock<Bits>*>(rows.x);
   const int64_t groups = rows.scales_stride, blocks = (rows.steps + kDenseBlockSteps - 1) / kDenseBlockSteps;
   for (int64_t n = 0; n < rows.outputs; ++n) {
@@ -162,7 +180,7 @@ void dense(const DenseRows& rows, float* y) {
     for_outputs<Bits>(rows, y, [](const uint8_t*, const float*, X) { return 0.0f; });
   } else if (BlockScales<Bits>::fit(rows)) {
     const BlockScales<Bits> of_block(rows);
-    for_outputs<Bits>(rows, y, [&](const uint8_t* w, const float* scales, X x) {
+    for_outputs<Bits>(rows, y, [=](const uint8_t* w, const float* scales, X x) {
       return output_by_blocks<Bits>(rows, w, scales, of_block, x);
     });
   } else {
