@@ -216,13 +216,13 @@ class Generator:
             "position_ids": np.arange(position, length, dtype=np.int64)[None],
         }
         feeds = {name: feeds[name] for name in feeds if name in self._session.input_names} | past
-        presents = dict(zip(self._pasts, self._presents, strict=True))
         if self._shares_cache:
-            outputs = self._session.run(feeds, {present: past[name] for name, present in presents.items()})
+            written = [past[name] for name in self._pasts]
+            outputs = self._session.run(feeds, dict(zip(self._presents, written, strict=True)))
         else:
             outputs = self._session.run(feeds)
-        logits = np.asarray(self._session.to_numpy(outputs["logits"])[0], np.float32)
-        return logits, {name: outputs[present] for name, present in presents.items()}
+            past = dict(zip(self._pasts, [outputs[present] for present in self._presents], strict=True))
+        return np.asarray(self._session.to_numpy(outputs["logits"])[0], np.float32), past
 
 
 def _rounded(tokens: int) -> int:
@@ -231,9 +231,10 @@ def _rounded(tokens: int) -> int:
 
 def greedy(logits: np.ndarray) -> int:
     """Index of the largest of ``logits`` [vocab], the lowest on ties; BundleError when any is NaN."""
-    if np.isnan(logits).any():
+    largest = int(np.argmax(logits))  # of a NaN, where there is one
+    if np.isnan(logits[largest]):
         raise BundleError("the model computed NaN logits; the weights or the input overflow its number format")
-    return int(np.argmax(logits))
+    return largest
 
 
 def negative_log_likelihood(logits: np.ndarray, ids: np.ndarray) -> float:

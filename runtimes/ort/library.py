@@ -49,6 +49,10 @@ class Library:
         """Calls since the last reset: ``{op: {variant: count}}``, without zeros."""
         return json.loads(_text(self.handle.qsparse_ort_calls))
 
+    def huge_page_bytes(self) -> int:
+        """Bytes of weights that all sessions of this process hold in huge pages."""
+        return self.handle.qsparse_ort_huge_page_bytes()
+
     def reset_calls(self) -> None:
         """Set all counts to zero."""
         self.handle.qsparse_ort_reset_calls()
@@ -118,6 +122,7 @@ def _declare(handle: ctypes.CDLL) -> None:
         "qsk_variant_choose": (ctypes.c_int, [ctypes.c_void_p]),
         "qsk_variant_explain": (ctypes.c_int64, [ctypes.c_int, ctypes.c_char_p, ctypes.c_int64]),
         "qsparse_ort_ops": (ctypes.c_char_p, []),
+        "qsparse_ort_huge_page_bytes": (ctypes.c_int64, []),
         "qsparse_ort_calls": (ctypes.c_int64, [ctypes.c_char_p, ctypes.c_int64]),
         "qsparse_ort_reset_calls": (None, []),
     }

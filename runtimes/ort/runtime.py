@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qsparse_export.targets.target import Target
 
 SPIN_VARIABLE = "QSPARSE_SPIN"
+HUGE_PAGES_VARIABLE = "QSPARSE_HUGE_PAGES"
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 CUDA_PROVIDER = "CUDAExecutionProvider"
@@ -146,7 +147,7 @@ class OrtSession:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         # A thread that spins while it waits takes the core that another program, or the next kernel, needs: on two cores
         # that one other process shares, generation is twice as fast without. Alone it is up to a tenth slower.
-        options.add_session_config_entry("session.intra_op.allow_spinning", _spinning())
+        options.add_session_config_entry("session.intra_op.allow_spinning", _switch(SPIN_VARIABLE, "0"))
         # In the bodies of n-bit products ONNX Runtime would round the activations to 8 bits, of its own accord: half a percent
         # of error in each product. 1: products in float32, as the ops are defined.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
@@ -155,6 +156,7 @@ class OrtSession:
         options.inter_op_num_threads = 1
         self._library: library.Library | None = None
         if kernels:
+            _switch(HUGE_PAGES_VARIABLE, "1")  # which the library itself reads
             self._library = library.open_library(kernels)
             self._library.chosen()  # a forced variant that this CPU lacks is refused here, by name
             options.register_custom_ops_library(str(kernels))
@@ -229,9 +231,9 @@ class OrtSession:
         return subtract_calls(self._library.calls(), self._before) if self._library else {}
 
 
-def _spinning() -> str:
-    """ "1" where threads shall spin between kernels, by the user's word; UsageError for another one."""
-    word = os.environ.get(SPIN_VARIABLE, "0")
+def _switch(variable: str, otherwise: str) -> str:
+    """ "0" or "1", by the user's word, or else ``otherwise``; UsageError for another word."""
+    word = os.environ.get(variable, otherwise)
     if word not in ("0", "1"):
-        raise UsageError(f"{SPIN_VARIABLE} is {word!r}; expected 0 or 1")
+        raise UsageError(f"{variable} is {word!r}; expected 0 or 1")
     return word

@@ -21,8 +21,7 @@ namespace {
 constexpr int64_t kBatchRows = 8;              // rows whose sums stay in the cache together
 constexpr int64_t kBatchBytes = 128 << 10;     // of weights that a batch takes at a time
 constexpr int64_t kPartBytes = 64 << 10;       // of weights: below that a second thread costs more than it brings
-constexpr int64_t kMostParts = 8;              // each costs a row of sums
-constexpr int64_t kMostBatchParts = 4;         // each costs kBatchRows of them
+constexpr int64_t kMostBatchParts = 4;         // each costs kBatchRows rows of sums
 constexpr int64_t kSlack = 8;                  // elements that vector stores may write past a list's end
 constexpr int64_t kSelectPiece = 16384;        // elements that one thread selects from faster than it can wake another
 constexpr int64_t kFinishPiece = 8192;         // outputs that one thread adds up faster than it can wake another
@@ -61,6 +60,14 @@ int64_t bits_of(int weight_type) {
 
 bool is_integer(int weight_type) { return weight_type == QSK_INT8 || weight_type == QSK_INT4; }
 
+// Into how many parts the channels of so many bytes of weights are cut. Each costs a row of sums to clear and to add;
+// even numbers, so that two threads finish together.
+int64_t parts_of(int64_t bytes) {
+  if (bytes >= 8 << 20) return 8;
+  if (bytes >= 512 << 10) return 4;
+  return bytes >= 2 * kPartBytes ? 2 : 1;
+}
+
 // The arguments and what follows from them alone.
 struct Plan {
   explicit Plan(const qsk_sparse_matmul_args& given)
@@ -76,8 +83,8 @@ struct Plan {
     sums_stride = round_up(columns, kFloatTileOutputs);
     selects = args.top_k < (args.block > 0 ? args.block : args.k) || selection.rescale_l2;
     batch_rows = min_of(kBatchRows, args.m);
-    const int64_t most = args.m > 1 ? kMostBatchParts : kMostParts;
-    parts = min_of(most, max_of(1, args.k * row_bytes / kPartBytes));
+    parts = parts_of(args.k * row_bytes);
+    if (args.m > 1) parts = min_of(parts, kMostBatchParts);
   }
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;

@@ -1,4 +1,4 @@
-"""QSPARSE_SPIN reaches ONNX Runtime, and a word that it is not is refused."""
+"""QSPARSE_SPIN reaches ONNX Runtime; another word than 0 or 1 is refused there and for QSPARSE_HUGE_PAGES."""
 
 import numpy as np
 import onnxruntime
@@ -36,9 +36,10 @@ def test_threads_spin_where_the_user_says_so(bundle, monkeypatch, word, expected
     assert session.run({session.input_names[0]: np.zeros((2, 4), np.float32)})
 
 
-def test_another_word_is_refused(bundle, monkeypatch):
+@pytest.mark.parametrize("variable", ["QSPARSE_SPIN", "QSPARSE_HUGE_PAGES"])
+def test_another_word_is_refused(bundle, monkeypatch, variable):
     from qsparse_export.runtimes import get_runtime
 
-    monkeypatch.setenv("QSPARSE_SPIN", "yes")
-    with pytest.raises(UsageError, match="QSPARSE_SPIN is 'yes'; expected 0 or 1"):
-        get_runtime("ort").open(bundle.path, threads=1, native=False)
+    monkeypatch.setenv(variable, "yes")
+    with pytest.raises(UsageError, match=f"{variable} is 'yes'; expected 0 or 1"):
+        get_runtime("ort").open(bundle.path, threads=1, native=True)
