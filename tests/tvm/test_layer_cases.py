@@ -16,7 +16,7 @@ from qsparse_export.runtimes.tvm.kernels.gather_nbits import gather_nbits
 from qsparse_export.runtimes.tvm.kernels.rms_norm import add_rms_norm
 from qsparse_export.runtimes.tvm.kernels.topk_sparsify import topk_sparsify
 
-EVERY = 8
+EVERY = 12
 """Of the cases: each width is compiled anew."""
 
 
