@@ -55,7 +55,7 @@ def test_cases_of_the_kernels(lanes, op, evidence):
     module, call_of = OPS[op]
     found = [case for case in module.cases(np.random.default_rng(7)) if case.x.dtype != np.float16 and case.x.shape[-1]]
     found = [case for case in found if not getattr(case, "rescale", False)][::EVERY]
-    assert len(found) > 5
+    assert len(found) >= 4
     share = 0.0
     for case in found:
         function, static, inputs, shapes = call_of(case)
