@@ -51,6 +51,19 @@ inline __device__ void multiply_tiles(int (&c)[4], const int (&a)[4], const int 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The same for 16 x 16 and 16 x 8 float16, added up in float32 (mma.m16n8k16: a register holds two consecutive k).
+inline __device__ void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Of two float16 in a word.
+inline __device__ uint32_t subtract_halves(uint32_t a, uint32_t b) {
+  uint32_t difference;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+  return difference;
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, void* stream, Arguments... arguments) {
   kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
@@ -67,10 +80,11 @@ inline int64_t count_multiprocessors() {
 
 using emulated::from_float;
 using emulated::multiply_tiles;
+using emulated::subtract_halves;
 using emulated::to_float;
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, void*, Arguments... arguments) {
-  emulated::run_grid(grid, kThreads, [=] { kernel(arguments...); });
+void launch(void (*kernel)(Parameters...), dim3 grid, void* stream, Arguments... arguments) {
+  emulated::launch(grid, kThreads, stream, [=] { kernel(arguments...); });
 }
 inline bool launch_failed() { return emulated::has_failed(); }
 inline int64_t count_multiprocessors() { return emulated::kMultiprocessors; }

@@ -1,4 +1,5 @@
-// SparseMatMulNBits: 4- and 8-bit channel-major weights with a scale for each group of channels, in float32 sums.
+// SparseMatMulNBits: 4- and 8-bit channel-major weights with a scale for each group of channels, in float32 sums. Few
+// rows go through the sparse GEMV here, many through the dense GEMM.
 #include "joined_tiles.h"
 
 namespace qsk_cuda {
@@ -111,8 +112,14 @@ __global__ void __launch_bounds__(kThreads) nbits_finish(const float* sums, int 
   y[row * joined.outputs + joined.first_output[matrix] + output] = from_float<T>(sum);
 }
 
+// From here on a row's own active channels save less than reading every weight once for 64 rows. Without tensor cores a
+// tile of 64 rows takes longer, however few there are.
+constexpr int64_t kGemmRows = 8, kFloatGemmRows = 32;
+constexpr int64_t kGemmSliceChannels = 256;  // at least; fewer would not pay for a slice's sums
+
 struct Plan {
   bool has_selection = false;
+  bool is_gemm = false;
   int bits = 0;
   int64_t slices = 1;
   int64_t columns = 0;
@@ -135,27 +142,45 @@ int make_plan(const qsk_sparse_matmul_args* args, const qsk_cuda_queue* queue, v
   plan->has_selection = selects(args->top_k, args->k, args->block, args->rescale_l2);
   plan->bits = args->weight_type == QSK_INT4 ? 4 : 8;
   plan->columns = static_cast<int64_t>(plan->joined.tiles) * kTile;
-  const int64_t blocks = args->m * ceil_div(plan->columns, kWarp * (32 / plan->bits));
-  const int64_t pieces = ceil_div(args->k, args->group < kPieceChannels ? args->group : kPieceChannels);
-  plan->slices = slices_for(*queue, blocks, pieces / kSlicePieces);
+  plan->is_gemm = args->m >= (args->type == QSK_FLOAT16 ? kGemmRows : kFloatGemmRows);
+  if (plan->is_gemm) {
+    const int64_t groups = ceil_div(args->k, args->group), most = args->k / kGemmSliceChannels;
+    plan->slices = slices_for(*queue, nbits_gemm_blocks(args->m, plan->joined.tiles), most < groups ? most : groups);
+  } else {
+    const int64_t blocks = args->m * ceil_div(plan->columns, kWarp * (32 / plan->bits));
+    const int64_t pieces = ceil_div(args->k, args->group < kPieceChannels ? args->group : kPieceChannels);
+    plan->slices = slices_for(*queue, blocks, pieces / kSlicePieces);
+  }
   Scratch taken(scratch);
   const int64_t element_bytes = args->type == QSK_FLOAT16 ? 2 : 4;
   if (plan->has_selection) plan->masked = taken.take<char>(args->m * args->k * element_bytes);
-  plan->sums = taken.take<float>(plan->slices * args->m * plan->columns);
+  if (!plan->is_gemm || plan->slices > 1) {
+    plan->sums = taken.take<float>(plan->slices * args->m * plan->columns);
+  }
   plan->scratch_bytes = taken.used();
   return QSK_OK;
 }
 
 template <int kBits, typename T>
-void enqueue(const qsk_sparse_matmul_args& args, const Plan& plan, const void* x, const qsk_cuda_queue& queue) {
-  const auto rows = static_cast<unsigned>(args.m);
+void enqueue_gemv(const NBitsProduct& product, const Plan& plan, const qsk_cuda_queue& queue) {
   const auto blocks = static_cast<unsigned>(ceil_div(plan.columns, NBits<kBits>::kWarpOutputs));
-  launch(nbits_gemv<kBits, T>, dim3(rows, blocks, static_cast<unsigned>(plan.slices)), queue.stream,
-         static_cast<const T*>(x), args.k, static_cast<const uint8_t*>(args.w), args.scales, args.group, plan.columns,
-         plan.sums);
-  const dim3 grid(rows, static_cast<unsigned>(ceil_div(plan.joined.tiles, kThreads / kTile)));
+  const dim3 grid(static_cast<unsigned>(product.m), blocks, static_cast<unsigned>(plan.slices));
+  launch(nbits_gemv<kBits, T>, grid, queue.stream, static_cast<const T*>(product.x), product.k, product.w,
+         product.scales, product.group, plan.columns, plan.sums);
+}
+
+template <typename T>
+void enqueue(const NBitsProduct& product, const Plan& plan, const qsk_cuda_queue& queue) {
+  if (plan.is_gemm) {
+    enqueue_nbits_gemm(product, plan.slices, plan.sums, queue);
+    if (plan.slices == 1) return;
+  } else {
+    product.bits == 4 ? enqueue_gemv<4, T>(product, plan, queue) : enqueue_gemv<8, T>(product, plan, queue);
+  }
+  const dim3 grid(static_cast<unsigned>(product.m),
+                  static_cast<unsigned>(ceil_div(plan.joined.tiles, kThreads / kTile)));
   launch(nbits_finish<T>, grid, queue.stream, plan.sums, static_cast<int>(plan.slices), plan.joined,
-         static_cast<T*>(args.y));
+         static_cast<T*>(product.y));
 }
 
 }  // namespace
@@ -181,11 +206,9 @@ int qsk_cuda_sparse_matmul(const qsk_sparse_matmul_args* args, const qsk_cuda_qu
     enqueue_topk({args->type, x, plan.masked, args->m, args->k, args->top_k, args->block, args->rescale_l2}, *queue);
     x = plan.masked;
   }
-  const bool is_half = args->type == QSK_FLOAT16;
-  if (plan.bits == 4) {
-    is_half ? enqueue<4, uint16_t>(*args, plan, x, *queue) : enqueue<4, float>(*args, plan, x, *queue);
-  } else {
-    is_half ? enqueue<8, uint16_t>(*args, plan, x, *queue) : enqueue<8, float>(*args, plan, x, *queue);
-  }
+  const NBitsProduct product = {args->type,   plan.bits,   x,       static_cast<const uint8_t*>(args->w),
+                                args->scales, args->group, args->y, args->m,
+                                args->k,      plan.joined};
+  args->type == QSK_FLOAT16 ? enqueue<uint16_t>(product, plan, *queue) : enqueue<float>(product, plan, *queue);
   return launch_status();
 }

@@ -91,6 +91,22 @@ void enqueue_ternary_gemv(const TernaryProduct& product, ActiveChannels active, 
 constexpr int64_t kGemmChannels = 128;  // the stride of q is a multiple of it
 void enqueue_ternary_gemm(const TernaryProduct& product, const int8_t* q, int64_t stride, const qsk_cuda_queue& queue);
 
+// The product of SparseMatMulNBits. Weights: formats/nbits.py.
+struct NBitsProduct {
+  int type;  // of x and y
+  int bits;
+  const void* x;
+  const uint8_t* w;
+  const uint16_t* scales;  // float16 [groups, columns]
+  int64_t group;
+  void* y;
+  int64_t m, k;
+  JoinedMatrices joined;
+};
+// With more than one slice (of the groups) into sums float32 [slices, m, columns]; with one into y, and sums is NULL.
+void enqueue_nbits_gemm(const NBitsProduct& product, int64_t slices, float* sums, const qsk_cuda_queue& queue);
+int64_t nbits_gemm_blocks(int64_t m, int64_t tiles);  // of a slice
+
 // Slices of a product that give every multiprocessor two blocks, where there are that many pieces of work.
 int64_t slices_for(const qsk_cuda_queue& queue, int64_t blocks_per_slice, int64_t most);
 

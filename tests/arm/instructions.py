@@ -15,7 +15,7 @@ from emulation import PROCESSORS, Emulator, onnxruntime_for_arm
 
 from qsparse_export.runtimes.ort.library import DEVICE_BENCH_NAME
 
-STEPS = 24
+STEPS = 12
 
 
 def per_token(emulator: Emulator, bundle: Path, onnxruntime: Path, mode: str, steps: int = STEPS) -> float:

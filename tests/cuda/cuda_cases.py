@@ -79,7 +79,9 @@ def sparse_ternary(rng: np.random.Generator) -> Iterator[SparseTernary]:
 
 
 def sparse_matmul(rng: np.random.Generator) -> Iterator[SparseMatMul]:
-    """A warp takes 32 channels of a group at a time, and 256 outputs of 4 bits or 128 of 8."""
+    """Of few rows a warp takes 32 channels of a group at a time, and 256 outputs of 4 bits or 128 of 8. The GEMM, of float16
+    from 8 rows on and of float32 from 32: 64 rows, 128 outputs, 64 channels of float16 or 32 of float32.
+    """
     for case in sparse_matmul_cases.cases(rng):
         if case.weights.group and case.x.size <= ELEMENTS and _products(case, sum(case.weights.outputs)) <= PRODUCTS:
             yield replace(case, fixed_point=False)
@@ -97,12 +99,48 @@ def sparse_matmul(rng: np.random.Generator) -> Iterator[SparseMatMul]:
             for kind in ("normal", "sparse", "nan and inf"):
                 x = as_type(magnitudes(rng, 2, 2730, kind), dtype)
                 yield SparseMatMul(x, weights, 1092, fixed_point=False)
+        yield from _many_rows(rng, dtype)
+
+
+def _many_rows(rng: np.random.Generator, dtype: type) -> Iterator[SparseMatMul]:
+    fewest = {np.float16: 8, np.float32: 32}[dtype]
+    sizes = [
+        (1, (1,), 32),
+        (15, (63, 0, 65), 7),
+        (16, (64, 64), 16),
+        (17, (128,), 128),
+        (31, (129,), 31),
+        (33, (5, 130), 32),
+        (63, (127,), 64),
+        (64, (1, 1, 1), 1),
+        (65, (192,), 65),
+        (127, (257,), 128),
+        (130, (64, 1), 33),
+    ]
+    for bits in (4, 8):
+        for number, (width, n, group) in enumerate(sizes):
+            m = (fewest - 1, fewest, fewest + 1, 63, 64, 65)[(number + bits) % 6]
+            weights = integer_weights(rng, n, width, bits, group)
+            for k in (width // 3, width):
+                x = as_type(magnitudes(rng, m, width, "normal"), dtype)
+                yield SparseMatMul(x, weights, k, fixed_point=False)
+        for kind in ("normal", "ties", "sparse", "nan and inf"):  # slices, where the GPU is large
+            for group, width in ((32, 1025), (128, 1100), (1100, 1100)):
+                x = as_type(magnitudes(rng, fewest + 1, width, kind), dtype)
+                yield SparseMatMul(x, integer_weights(rng, (65, 2), width, bits, group), 440, fixed_point=False)
+        x = as_type(magnitudes(rng, fewest, 96, "normal"), dtype)
+        infinite = x.copy()
+        infinite[1, 40], infinite[2, 95] = np.inf, -np.inf
+        yield SparseMatMul(infinite, integer_weights(rng, (130,), 96, bits, 32), 96, fixed_point=False)
+        yield SparseMatMul(x, integer_weights(rng, (130,), 96, bits, 32), 12, 32, True, fixed_point=False)
+        same = np.full((fewest, 2730), 100, dtype)  # the largest sums of products
+        yield SparseMatMul(same, integer_weights(rng, (3,), 2730, bits, 2730), 2730, fixed_point=False)
 
 
 OPS = {
     "topk": (topk, 500),
     "quantize": (quantize, 300),
     "sparse_ternary": (sparse_ternary, 200),
-    "sparse_matmul": (sparse_matmul, 300),
+    "sparse_matmul": (sparse_matmul, 480),
 }
 """Cases of each op, and a lower bound of their number, so that a filter that lets nothing pass is noticed."""

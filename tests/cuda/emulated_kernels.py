@@ -40,7 +40,9 @@ def build_emulated_ort(with_cpu_ops: bool) -> Path:
     """
     native, headers = library_path(), library_path().parent / "source" / "include" / "onnxruntime"
     folder = ROOT / "runtimes" / "ort"
-    shared = ["api", "calls", "op_kernel", "custom_ops"] + (["topk_ops", "ternary_ops"] if with_cpu_ops else [])
+    shared = ["api", "calls", "huge_pages", "op_kernel", "custom_ops"] + (
+        ["topk_ops", "ternary_ops"] if with_cpu_ops else []
+    )
     sources = [KERNELS / "ort_ops.cc", HERE / "no_cpu_ops.cc", *(folder / f"{name}.cc" for name in shared)]
     flags = ["-O0", "-DQSPARSE_WITH_CUDA", f"-I{folder}", f"-isystem{headers}"]
     for library in (native, build_emulated()):  # the CPU kernels and the emulated ones

@@ -15,6 +15,8 @@
 #include <utility>
 #include <vector>
 
+extern "C" __attribute__((weak)) void stand_in_launch(void* stream, const std::function<void()>& kernel);
+
 namespace emulated {
 namespace {
 
@@ -224,6 +226,14 @@ void run_grid(dim3 grid_dim, dim3 block_dim, const std::function<void()>& kernel
   }
 }
 
+void launch(dim3 grid_dim, dim3 block_dim, void* stream, const std::function<void()>& kernel) {
+  if (stand_in_launch == nullptr) {
+    run_grid(grid_dim, block_dim, kernel);
+  } else {
+    stand_in_launch(stream, [=] { run_grid(grid_dim, block_dim, kernel); });
+  }
+}
+
 bool has_failed() { return !failure.empty(); }
 bool is_running() { return current != nullptr; }
 void abandon(const char* message) {
@@ -255,19 +265,46 @@ void register_shared(void* storage, size_t bytes) {
   shared_objects.push_back({storage, bytes});
 }
 
-void multiply_tiles(int (&c)[4], const int (&a)[4], const int (&b)[2]) {
-  const int own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
-  const char* all = exchange("mma", own, sizeof own);
+namespace {
+
+// Both forms of mma: eight registers make up k. add(c, of a, of b) adds the products of one.
+template <typename Sum, typename Word, typename Add>
+void multiply_registers(const char* what, Sum (&c)[4], const Word (&a)[4], const Word (&b)[2], const Add& add) {
+  const Word own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  const char* all = exchange(what, own, sizeof own);
   const int own_lane = lane();
   for (int i = 0; i < 4; ++i) {
     const int row = own_lane / 4 + 8 * (i / 2), column = own_lane % 4 * 2 + i % 2;
-    for (int four = 0; four < 8; ++four) {  // the lane and register that hold k = 4 four .. 4 four + 3
-      int of_a[6], of_b[6];
-      memcpy(of_a, all + kExchangeBytes * (row % 8 * 4 + four % 4), sizeof of_a);
-      memcpy(of_b, all + kExchangeBytes * (column * 4 + four % 4), sizeof of_b);
-      c[i] = emulated_dot(of_a[row / 8 + 2 * (four / 4)], of_b[4 + four / 4], c[i]);
+    for (int part = 0; part < 8; ++part) {  // the lane and register that hold part `part` of k
+      Word of_a[6], of_b[6];
+      memcpy(of_a, all + kExchangeBytes * (row % 8 * 4 + part % 4), sizeof of_a);
+      memcpy(of_b, all + kExchangeBytes * (column * 4 + part % 4), sizeof of_b);
+      c[i] = add(c[i], of_a[row / 8 + 2 * (part / 4)], of_b[4 + part / 4]);
     }
   }
+}
+
+// The PTX ISA leaves the rounding of sums open: the worst.
+float towards_zero(double value) {
+  const float rounded = static_cast<float>(value);
+  return fabs(rounded) > fabs(value) ? nextafterf(rounded, 0.0f) : rounded;
+}
+
+}  // namespace
+
+void multiply_tiles(int (&c)[4], const int (&a)[4], const int (&b)[2]) {
+  multiply_registers("mma", c, a, b, [](int sum, int of_a, int of_b) { return emulated_dot(of_a, of_b, sum); });
+}
+
+void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply_registers("mma", c, a, b, [](float sum, uint32_t of_a, uint32_t of_b) {
+    for (int i = 0; i < 2; ++i) {
+      const double product =
+          double{to_float(static_cast<uint16_t>(of_a >> 16 * i))} * to_float(static_cast<uint16_t>(of_b >> 16 * i));
+      sum = towards_zero(sum + product);
+    }
+    return sum;
+  });
 }
 
 }  // namespace emulated

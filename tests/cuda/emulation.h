@@ -29,6 +29,9 @@ struct dim3 {
 struct alignas(16) int4 {
   int x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 
 namespace emulated {
@@ -39,6 +42,8 @@ constexpr int kMultiprocessors = 4;
 // Runs the kernel, unless something has failed before; has_failed() tells how it went.
 void run_grid(dim3 grid, dim3 threads, const std::function<void()>& kernel);
 bool has_failed();
+// The same in the order of a stream of the stand-in for CUDA, where that is loaded for all to see.
+void launch(dim3 grid, dim3 threads, void* stream, const std::function<void()>& kernel);
 // Out of a kernel, also out of a signal that it has raised: the grid ends with this failure.
 [[noreturn]] void abandon(const char* failure);
 bool is_running();
@@ -100,8 +105,16 @@ inline uint16_t from_float<uint16_t>(float value) {
   return half;
 }
 
-// mma.m16n8k32 for int8, by its definition in the PTX ISA.
+// mma.m16n8k32 for int8 and mma.m16n8k16 for float16 with float32 sums, by their definitions in the PTX ISA.
 void multiply_tiles(int (&c)[4], const int (&a)[4], const int (&b)[2]);
+void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+// Of the two float16 in a word.
+inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
+  const auto half = [](uint32_t word, int i) { return to_float(static_cast<uint16_t>(word >> 16 * i)); };
+  const auto difference = [&](int i) { return from_float<uint16_t>(half(a, i) - half(b, i)); };
+  return difference(0) | static_cast<uint32_t>(difference(1)) << 16;
+}
 
 }  // namespace emulated
 

@@ -92,6 +92,11 @@ def run(bundle: Path, library: Path) -> dict[str, Any]:
     return _printed("on_stand_in.py", bundle, library)
 
 
+def captured(bundle: Path, library: Path) -> list[dict[str, Any]]:
+    """What captured_on_stand_in.py says of runs of that decoder in a captured graph."""
+    return _printed("captured_on_stand_in.py", bundle, library)
+
+
 def registered_ops() -> list[str]:
     """Ops that the provider has kernels for, ``domain::Name`` or ``Name`` of the standard domain."""
     return _printed("registered_ops.py")

@@ -42,6 +42,7 @@ std::set<Stream*> capturing;
 std::map<std::string, long> counts;
 std::string first_problem, latest_problem;
 cudaError_t latest_error = cudaSuccess;
+cudaStream_t configured = nullptr;
 
 template <typename Object, typename Handle>
 cudaError_t make(Handle* handle) {
@@ -340,6 +341,45 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
   delete reinterpret_cast<Graph*>(graph);
   return cudaSuccess;
+}
+
+// What <<<>>> becomes: the stream is handed over to the launch.
+unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, cudaStream_t stream) {
+  configured = stream;
+  return 0;
+}
+
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* bytes, void* stream) {
+  *grid = *block = dim3(1);
+  *bytes = 0;
+  *static_cast<cudaStream_t*>(stream) = configured;
+  return cudaSuccess;
+}
+
+// Of ONNX Runtime: they do nothing.
+cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t stream) {
+  return stand_in::perform(stream, [] {
+    stand_in::count("provider's kernels");
+    return cudaSuccess;
+  });
+}
+
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** values, size_t bytes,
+                               cudaStream_t stream) {
+  return cudaLaunchKernel(kernel, grid, block, values, bytes, stream);
+}
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** values) {
+  return cudaLaunchKernel(kernel, config->gridDim, config->blockDim, values, 0, config->stream);
+}
+
+// Of this project, emulated: emulation.cc calls it where it is there.
+void stand_in_launch(void* stream, const std::function<void()>& kernel) {
+  stand_in::perform(static_cast<cudaStream_t>(stream), [kernel] {
+    stand_in::count("own kernels");
+    kernel();
+    return cudaSuccess;
+  });
 }
 
 cudaError_t cudaGetLastError() { return std::exchange(latest_error, cudaSuccess); }

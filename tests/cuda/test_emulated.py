@@ -28,10 +28,13 @@ def test_cases(emulated: EmulatedKernels, op: str, evidence: Record) -> None:
     evidence(Evidence(OP_NAMES.get(op, op), "CUDA", "any", EMULATED, "blocks and threads on the CPU", share))
 
 
+@pytest.mark.parametrize(("rows", "dtype"), [(2, np.float32), (33, np.float32), (9, np.float16)])
 @pytest.mark.parametrize("multiprocessors", MULTIPROCESSORS)
-def test_float_sums_have_one_order(emulated: EmulatedKernels, multiprocessors: int) -> None:
+def test_float_sums_have_one_order(
+    emulated: EmulatedKernels, multiprocessors: int, rows: int, dtype: type[np.floating]
+) -> None:
     rng = np.random.default_rng(4)
-    x = rng.standard_normal((2, 1500)).astype(np.float32)
+    x = rng.standard_normal((rows, 1500)).astype(dtype)
     case = SparseMatMul(x, integer_weights(rng, (130,), 1500, 4, 32), 600, fixed_point=False)
     results = set()
     for order in ORDERS:

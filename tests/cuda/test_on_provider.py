@@ -1,14 +1,20 @@
 """ONNX Runtime's own CUDA provider takes every node of our bundles, with no copy between, and gets as far as the launches."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import stand_in
 from counting_models import BITNET, QSPARSE, trained
 from emulated_kernels import build_emulated_ort
 
 import qsparse_export as qs
+from qsparse_export.bundle import Bundle
+from qsparse_export.generate import Generator, greedy
+from qsparse_export.runtimes.ort.runtime import OrtRuntime
 from qsparse_export.targets.target import op_sets
 
 pytestmark = pytest.mark.usefixtures("build_cache")
@@ -28,10 +34,24 @@ FUSED = {"QuickGelu"}
 """What ONNX Runtime makes of Sigmoid and Mul."""
 
 
+WARM_UPS = 2
+"""Runs of ONNX Runtime 1.31 before it captures, all within the first call."""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    @cache
+    def make(name: str) -> Bundle:
+        config, options, _ = CASES[name]
+        out = tmp_path_factory.mktemp("exported") / name
+        return qs.export(trained(config), target="cuda", out=out, verify="none", **options)
+
+    return make
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_no_node_and_no_copy_is_left_to_the_cpu(name: str, tmp_path: Path) -> None:
-    config, options, calls = CASES[name]
-    made = qs.export(trained(config), target="cuda", out=tmp_path / "bundle", verify="none", **options)
+def test_no_node_and_no_copy_is_left_to_the_cpu(name: str, exported: Callable[[str], Bundle]) -> None:
+    made, (_, _, calls) = exported(name), CASES[name]
     report = stand_in.run(made.path, build_emulated_ort(with_cpu_ops=True))
     ran = report["placed"]
     assert not [op for op in (*ran[GPU], *ran[CPU]) if op.startswith("Memcpy")]
@@ -41,6 +61,54 @@ def test_no_node_and_no_copy_is_left_to_the_cpu(name: str, tmp_path: Path) -> No
     on_gpu = made.manifest["placement"]["gpu"]
     assert set(ran[GPU]) <= {op.rpartition(":")[2] for op in on_gpu} | FUSED, "as the manifest says"
     assert set(calls) | {"GroupQueryAttention", "RMSNormalization", "RotaryEmbedding"} <= set(ran[GPU])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_can_be_captured(name: str, exported: Callable[[str], Bundle]) -> None:
+    """With fixed shapes and addresses: after the first run each is one launch of a graph that holds every kernel. Runs that
+    are left out, as prompts are, launch their kernels themselves, before and after.
+    """
+    runs = stand_in.captured(exported(name).path, build_emulated_ort(with_cpu_ops=True))
+    left_out, first, second, left_out_again, third = runs
+    _, _, calls = CASES[name]
+    assert not any(run["problem"] for run in runs), "what may not be called while a stream captures"
+    for run in (left_out, left_out_again):
+        assert run["calls"] == calls
+        assert "graphs" not in run
+    for run in (second, third):
+        assert run["calls"] == dict.fromkeys(calls, 0)
+        assert run["graphs"] == 1
+    assert first["calls"] == {op: count * (WARM_UPS + 1) for op, count in calls.items()}
+    for kernels in ("own kernels", "provider's kernels"):
+        assert left_out[kernels] > 0
+        assert {run[kernels] for run in runs if run is not first} == {left_out[kernels]}
+        assert first[kernels] == left_out[kernels] * (WARM_UPS + 1), "while it captures, nothing runs"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_with_fixed_shapes_gives_the_same_logits(name: str, exported: Callable[[str], Bundle]) -> None:
+    """On the CPU provider: a mask as long as the cache, zero behind the last token, so that a captured graph stays right."""
+    made, prompt, room = exported(name), [1, 3, 5, 7, 9], 64
+    session, shape = OrtRuntime().open(made.path, threads=1, native=True), made.decoder_shape()
+    expected, tokens = [], list(prompt)
+    for logits, choose in Generator(session, shape).steps(prompt):
+        expected.append(logits[-1])
+        if len(expected) < 7:
+            tokens.append(greedy(logits[-1]))
+            choose(tokens[-1])
+    size = (1, shape.kv_heads, room, shape.head_dim)
+    names = [name for name in session.input_names if name.startswith("past_key_values.")]
+    caches = {name: session.to_tensor(np.zeros(size, shape.dtype)) for name in names}
+    presents = {name.replace("past_key_values.", "present."): cache for name, cache in caches.items()}
+    found = []
+    for position, ids in [(0, prompt), *((at, [tokens[at]]) for at in range(len(prompt), len(tokens)))]:
+        end = position + len(ids)
+        mask = np.zeros((1, room if position else end), np.int64)
+        mask[:, :end] = 1
+        feeds = {"input_ids": [ids], "attention_mask": mask, "position_ids": np.arange(position, end)[None]}
+        outputs = session.run({name: np.array(value) for name, value in feeds.items()} | caches, presents)
+        found.append(session.to_numpy(outputs["logits"])[0, -1])
+    np.testing.assert_array_equal(np.float32(found), expected)
 
 
 def test_in_float32_one_length_is_copied(tmp_path: Path) -> None:

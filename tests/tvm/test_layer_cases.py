@@ -16,7 +16,7 @@ from qsparse_export.runtimes.tvm.kernels.gather_nbits import gather_nbits
 from qsparse_export.runtimes.tvm.kernels.rms_norm import add_rms_norm
 from qsparse_export.runtimes.tvm.kernels.topk_sparsify import topk_sparsify
 
-EVERY = 8
+EVERY = 12
 """Of the cases: each width is compiled anew."""
 
 
@@ -55,7 +55,7 @@ def test_cases_of_the_kernels(lanes, op, evidence):
     module, call_of = OPS[op]
     found = [case for case in module.cases(np.random.default_rng(7)) if case.x.dtype != np.float16 and case.x.shape[-1]]
     found = [case for case in found if not getattr(case, "rescale", False)][::EVERY]
-    assert len(found) > 5
+    assert len(found) >= 4
     share = 0.0
     for case in found:
         function, static, inputs, shapes = call_of(case)

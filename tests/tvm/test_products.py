@@ -16,7 +16,7 @@ from ternary_cases import ternary_weights
 from qsparse_export.formats import nbits
 from qsparse_export.runtimes.tvm.tiling import Tiling
 
-EVERY = 9
+EVERY = 13
 """Of the cases of the C++ kernels: each shape is compiled anew."""
 every_lanes = pytest.mark.parametrize("lanes", LANES, ids=[lanes.name for lanes in LANES])
 

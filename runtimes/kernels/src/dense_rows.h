@@ -155,8 +155,8 @@ float output_by_steps(const DenseRows& rows, const uint8_t* w, const float* scal
   return sum(total);
 }
 
-// y = output(weights, scales, x) of every output and row. By value: what is behind a reference would be read again after
-// each write to y.
+// y = output(weights, scales, x) of every output and row. By value: what is behind a reference would be read again
+// after each write to y.
 template <int Bits, class Output>
 void for_outputs(DenseRows rows, float* y, Output output) {
   const auto* x = static_cast<const DenseBlock<Bits>*>(rows.x);

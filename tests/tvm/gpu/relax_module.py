@@ -48,17 +48,22 @@ def accumulate() -> tirx.PrimFunc:
 
 def _emitted(builder: relax.BlockBuilder, program: Program, tensors: dict[str, Any], rows: int) -> Any:
     """Calls of the kernels of a program; its output."""
-    shapes, tensors = program.shapes({"m": rows}), dict(tensors)
+    tensors, buffers = dict(tensors), program.buffers()
     for function in program.kernels:
         names = [buffer.name for buffer in function.params]
         made = [name for name in names if name not in tensors]
-        types = [relax.TensorType(shapes[name], str(program.buffers()[name].dtype)) for name in made]
+        types = [_type(buffers[name], rows) for name in made]
         variable = builder.add_func(_scheduled(function), str(function.attrs["global_symbol"]))
         inputs = [tensors[name] for name in names if name in tensors]
         result = builder.emit(relax.op.call_tir(variable, inputs, types if len(types) > 1 else types[0]))
         parts = [builder.emit(relax.TupleGetItem(result, i)) for i in range(len(made))] if len(made) > 1 else [result]
         tensors |= dict(zip(made, parts, strict=True))
     return tensors["y"]
+
+
+def _type(buffer: tirx.Buffer, rows: int) -> relax.TensorType:
+    shape = [rows if isinstance(size, tirx.Var) else int(size) for size in buffer.shape]
+    return relax.TensorType(shape, str(buffer.dtype))
 
 
 def _scheduled(function: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -74,9 +79,7 @@ def module() -> tvm.IRModule:
     weights = []
     for name, program in (("ternary", first), ("nbits", second)):
         for given in ("w", "scales"):
-            buffer = program.buffers()[given]
-            shape = [int(size) for size in buffer.shape]
-            weights.append(relax.Var(f"{name}_{given}", relax.TensorType(shape, str(buffer.dtype))))
+            weights.append(relax.Var(f"{name}_{given}", _type(program.buffers()[given], ROWS)))
     cache = relax.Var("cache", relax.TensorType((ROWS, OUTPUTS), "float32"))
     with builder.function("main", [x, *weights, cache]):
         with builder.dataflow():

@@ -57,7 +57,6 @@ inline uint32_t __activemask() { return ~uint32_t{0}; }
 #define QSK_VECTOR_PAIR(Type, name)                          \
   struct __align__(2 * sizeof(Type)) name##2 { Type x, y; }; \
   inline name##2 make_##name##2(Type x, Type y) { return {x, y}; }
-QSK_VECTORS(float, float)
 QSK_VECTORS(unsigned, uint)
 QSK_VECTORS(int16_t, short)
 QSK_VECTORS(uint16_t, ushort)
@@ -66,7 +65,9 @@ QSK_VECTORS(unsigned char, uchar)
 QSK_VECTORS(long long, longlong)
 QSK_VECTORS(unsigned long long, ulonglong)
 QSK_VECTORS(double, double)
-QSK_VECTOR_PAIR(int, int)    // int4 is the emulation's
+QSK_VECTOR_PAIR(int, int)  // int4 and float4 are the emulation's
+QSK_VECTOR_PAIR(float, float)
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 QSK_VECTOR_PAIR(half, half)  // half4 is TVM's
 using __half2 = half2;
 struct uint1 {
