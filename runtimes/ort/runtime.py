@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from qsparse_export.errors import BundleError, TargetError, UsageError
 from qsparse_export.ops.cached_attention import SHARED_CACHE
+from qsparse_export.runtimes import switches
 from qsparse_export.runtimes.base import NativeCalls, Tuning, subtract_calls
 from qsparse_export.runtimes.ort import bundled, library
 from qsparse_export.targets.detect import host
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from qsparse_export.targets.target import Target
 
-SPIN_VARIABLE = "QSPARSE_SPIN"
-HUGE_PAGES_VARIABLE = "QSPARSE_HUGE_PAGES"
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 CUDA_PROVIDER = "CUDAExecutionProvider"
@@ -151,7 +149,7 @@ class OrtSession:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         # A thread that spins while it waits takes the core that another program, or the next kernel, needs: on two cores
         # that one other process shares, generation is twice as fast without. Alone it is up to a tenth slower.
-        options.add_session_config_entry("session.intra_op.allow_spinning", _switch(SPIN_VARIABLE, "0"))
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(switches.is_on(switches.SPIN))))
         # In the bodies of n-bit products ONNX Runtime would round the activations to 8 bits, of its own accord: half a percent
         # of error in each product. 1: products in float32, as the ops are defined.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
@@ -160,7 +158,7 @@ class OrtSession:
         options.inter_op_num_threads = 1
         self._library: library.Library | None = None
         if kernels:
-            _switch(HUGE_PAGES_VARIABLE, "1")  # which the library itself reads
+            switches.is_on(switches.HUGE_PAGES)  # which the library reads itself: a wrong word is refused here
             self._library = library.open_library(kernels)
             self._library.chosen()  # a forced variant that this CPU lacks is refused here, by name
             options.register_custom_ops_library(str(kernels))
@@ -233,11 +231,3 @@ class OrtSession:
     def native_calls(self) -> NativeCalls:
         """See :class:`qsparse_export.runtimes.base.Session`; counts of the whole process since this session opened."""
         return subtract_calls(self._library.calls(), self._before) if self._library else {}
-
-
-def _switch(variable: str, otherwise: str) -> str:
-    """ "0" or "1", by the user's word, or else ``otherwise``; UsageError for another word."""
-    word = os.environ.get(variable, otherwise)
-    if word not in ("0", "1"):
-        raise UsageError(f"{variable} is {word!r}; expected 0 or 1")
-    return word

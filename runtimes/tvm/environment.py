@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from qsparse_export.errors import TargetError, UsageError
+from qsparse_export.runtimes import switches
 
 VERSIONS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post0"}
 """The versions that the extra [tvm] pins: TVM's importer and its pass names change from release to release."""
@@ -45,7 +46,7 @@ def tvm() -> Any:
     # The pool's size is read once, when the first kernel runs; TVM's own choice is half the cores that the system reports.
     os.environ.setdefault(_THREADS_VARIABLE, str(os.cpu_count() or 1))
     # A thread that spins between kernels takes the core that another program needs; QSPARSE_SPIN=1 leaves TVM its own choice.
-    if os.environ.get("QSPARSE_SPIN", "0") != "1":
+    if not switches.is_on(switches.SPIN):
         os.environ.setdefault(_SPIN_VARIABLE, "0")
     import tvm as module
 

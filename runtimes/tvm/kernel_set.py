@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from tvm import relax
 
-Result = relax.TensorType | int
-"""The type of a new tensor; or the number of the argument that is written in place."""
+Result: TypeAlias = Any
+"""A relax.TensorType: that of a new tensor; or an int: the number of the argument that is written in place."""
 
 
 class KernelSet(Protocol):

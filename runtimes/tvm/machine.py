@@ -11,7 +11,7 @@ import numpy as np
 from qsparse_export.errors import BundleError, TargetError
 from qsparse_export.runtimes.tvm import environment
 from qsparse_export.runtimes.tvm.tensors import copied
-from qsparse_export.runtimes.tvm.weights import Weight, mapped
+from qsparse_export.runtimes.tvm.weights import Weight, mapped, resident
 
 
 class Machine(Protocol):
@@ -45,7 +45,7 @@ class LocalMachine:
         environment.use_threads(threads)
         machine = self._tvm.relax.VirtualMachine(self._tvm.runtime.load_module(str(library)), self._tvm.cpu())
         self._main = machine["main"]
-        self._weights = mapped(weights, file)
+        self._weights = resident(weights, file)
 
     def tensor(self, array: np.ndarray) -> Any:
         """See :class:`Machine`."""

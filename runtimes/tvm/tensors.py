@@ -25,6 +25,13 @@ def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
+def aligned_empty(size_bytes: int) -> np.ndarray:
+    """New bytes, not written to, that begin as TVM wants them."""
+    memory = np.empty(size_bytes + ALIGNMENT_BYTES, np.uint8)
+    begin = -memory.__array_interface__["data"][0] % ALIGNMENT_BYTES
+    return memory[begin : begin + size_bytes]
+
+
 def over(array: np.ndarray) -> Any:
     """The tensor that shares the memory of an aligned, contiguous ``array``, and keeps it alive."""
     return tvm().runtime.from_dlpack(array)

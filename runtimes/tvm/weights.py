@@ -1,4 +1,4 @@
-"""The weights of a graph as TVM tensors over the mapped file: nothing is copied, and what is not read stays on disk."""
+"""The weights of a graph as TVM tensors, over the mapped file, or over memory that it was read into."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 
 from qsparse_export.errors import BundleError
-from qsparse_export.runtimes.tvm.tensors import copied, is_aligned, over
+from qsparse_export.runtimes import switches
+from qsparse_export.runtimes.tvm.tensors import aligned_empty, copied, is_aligned, over
 
 _CODE_BITS = {onnx.TensorProto.INT4: 4, onnx.TensorProto.INT8: 8}
 
@@ -58,10 +59,33 @@ def weights_of(graph: onnx.GraphProto) -> tuple[Weight, ...]:
 
 def mapped(weights: tuple[Weight, ...], file: Path) -> list[Any]:
     """A TVM tensor of each weight, over a private mapping of ``file``; BundleError where the file is too short."""
-    if not weights:
-        return []
     # Copy-on-write: DLPack has no word for memory that is only read.
-    content = np.memmap(file, dtype=np.uint8, mode="c")
+    return _tensors(weights, file, np.memmap(file, dtype=np.uint8, mode="c")) if weights else []
+
+
+def resident(weights: tuple[Weight, ...], file: Path) -> list[Any]:
+    """The same over memory that ``file`` was read into, which has huge pages where the system has them.
+
+    As :func:`mapped` where that is switched off, or would leave less than a quarter of the machine's memory available.
+    """
+    if not weights or not switches.is_on(switches.HUGE_PAGES) or not _has_room(file.stat().st_size):
+        return mapped(weights, file)
+    content = aligned_empty(file.stat().st_size)  # NumPy asks for huge pages
+    with file.open("rb", buffering=0) as source:
+        read = 0
+        while count := source.readinto(memoryview(content)[read:]):
+            read += count
+    return _tensors(weights, file, content[:read])
+
+
+def _has_room(size_bytes: int) -> bool:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return memory.available - size_bytes > memory.total // 4
+
+
+def _tensors(weights: tuple[Weight, ...], file: Path, content: np.ndarray) -> list[Any]:
     tensors = []
     for weight in weights:
         end = weight.offset_bytes + weight.size_bytes

@@ -29,6 +29,8 @@ from qsparse_export.runtimes.tvm.gpu.topk_sparsify import topk_sparsify
 from qsparse_export.runtimes.tvm.kernel_set import Result
 
 _Make = Callable[..., Program]
+_KEY_OF: Any = StructuralKey
+"""Made of an object alone; its declaration says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class CudaKernels:
 
     def _added(self, builder: relax.BlockBuilder, kernel: tirx.PrimFunc) -> Any:
         """In the module, once: programs share kernels."""
-        key = StructuralKey(kernel)
+        key = _KEY_OF(kernel)
         if key not in self._kernels:
             name = str(kernel.attrs["global_symbol"])
             private = kernel.without_attr("global_symbol").with_attr("tirx.is_scheduled", True)  # the module names it
