@@ -73,7 +73,7 @@ def resident(weights: tuple[Weight, ...], file: Path) -> list[Any]:
     content = aligned_empty(file.stat().st_size)  # NumPy asks for huge pages
     with file.open("rb", buffering=0) as source:
         read = 0
-        while count := source.readinto(memoryview(content)[read:]):
+        while count := source.readinto(content.data[read:]):
             read += count
     return _tensors(weights, file, content[:read])
 
