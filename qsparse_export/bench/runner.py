@@ -192,8 +192,10 @@ def conversation(
     command: Sequence[str], name: str, tell: Callable[[str], object] = lambda _: None
 ) -> Iterator[Conversation]:
     """Starts ``command``, to be talked with; it is ended when the block ends, however that happens."""
+    pipe = subprocess.PIPE
     try:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        # A group of its own: Ctrl-C reaches us alone, even while it still imports, and we end it.
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, encoding="utf-8", process_group=0)
     except OSError as error:
         raise TargetError(f"cannot start {command[0]}: {error.strerror}") from error
     try:

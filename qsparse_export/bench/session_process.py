@@ -13,7 +13,6 @@ import importlib
 import json
 import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -30,7 +29,6 @@ _LIBRARIES = {"ort": "onnxruntime", "reference": "onnx.reference", "tvm": "tvm"}
 
 def main() -> None:
     """Answers each line of stdin by one line on stdout until stdin ends; what fails is a line too, and the last one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes: the other one ends this one
     # Whatever a library prints on stdout must not get between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
