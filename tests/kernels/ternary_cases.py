@@ -84,6 +84,22 @@ def cases(rng: np.random.Generator) -> Iterator[Ternary]:
     for m in (1, 4, 8):  # int16 sums at their limits, both signs
         for kind in ("one", "equal"):
             yield Ternary(magnitudes(rng, m, 2730, kind), ternary_weights(rng, 130, 2730, kind))
+    # Tiles of 1,024 outputs and groups of 16 rows and 32 channels, which tables of partial sums have.
+    for m, k, n, kind in (
+        (16, 1, 1023, "normal"),
+        (16, 31, 1024, "normal"),
+        (31, 32, 1025, "ties"),
+        (32, 33, 1152, "normal"),
+        (48, 300, 2177, "sparse"),
+        (128, 64, 1100, "normal"),
+        (130, 95, 1030, "normal"),
+        (257, 40, 129, "normal"),
+        (16, 2730, 260, "one"),
+        (64, 2730, 1500, "equal"),
+    ):
+        for dtype in (np.float32, np.float16):
+            x = as_type(magnitudes(rng, m, k, kind), dtype)
+            yield Ternary(x, ternary_weights(rng, n, k, kind), workers=1 + m % 3, pad_byte=0xFF)
     for m in (1, 5):
         for workers in (1, 2, 3, 8):
             x = magnitudes(np.random.default_rng(5), m, 2730, "sparse")

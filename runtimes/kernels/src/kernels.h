@@ -78,33 +78,52 @@ struct TopKKernels {
   void (*keep)(const float* x, int64_t n, TopKCut cut, float* y);
 };
 
-// The M > 1 path works on tiles: `channels` input channels times 4 * `bytes` outputs.
+// The M > 1 paths work on tiles: some of the input channels times some of the outputs times some of the rows of x.
+struct TileShape {
+  int64_t bytes;        // of a row of weights, four outputs each: at most
+  int64_t channels;     // at most
+  int64_t row_group;    // rows of x are taken in groups of so many, a last, smaller one at the cost of a whole one
+  int64_t sums_stride;  // of rows of sums
+};
+
+// Tiles of a GEMM, whose weights are unpacked once.
 constexpr int64_t kGemmTileBytes = 64;
 constexpr int64_t kGemmTileOutputs = 4 * kGemmTileBytes;
 constexpr int64_t kGemmSumsStride = kGemmTileOutputs + 16;  // of rows of sums: not all in the same sets of the cache
 constexpr int64_t kGemmTileChannels = 256;
 constexpr int64_t kGemmChannelGroup = 8;  // a tile's channels are a multiple of it; those that fill up have q = 0
-constexpr int64_t kGemmTileRows = 128;
-constexpr int64_t kGemmPanelGap = 64;    // between panels of codes, at most
-constexpr int64_t kGemmMostPanels = 16;  // of a tile
+constexpr int64_t kGemmTileRows = 128;    // at most, in tiles of every shape
+constexpr int64_t kGemmPanelGap = 64;     // between panels of codes, at most
+constexpr int64_t kGemmMostPanels = 16;   // of a tile
 constexpr int64_t kGemmCodesBytes = kGemmTileOutputs * kGemmTileChannels + kGemmMostPanels * kGemmPanelGap;
+constexpr TileShape kGemmTile = {kGemmTileBytes, kGemmTileChannels, 1, kGemmSumsStride};
+
+// Tiles whose products are looked up: sixteen rows of x at a time, for which tables of the sums of some channels are
+// made, that many outputs read.
+constexpr int64_t kTableRows = 16;
+constexpr int64_t kTableChannels = 32;  // of which the tables are there at a time
+constexpr int64_t kTableTileOutputs = 1024;
+constexpr int64_t kTableMostGroups = kGemmTileRows / kTableRows;
+constexpr int64_t kTableWorkspaceBytes =
+    (48 << 10) + kTableMostGroups * kTableTileOutputs * kTableRows * static_cast<int64_t>(sizeof(int16_t));
+constexpr TileShape kTableTile = {kTableTileOutputs / 4, INT64_MAX, kTableRows, kTableTileOutputs + 16};
 
 // The weights of a tile: the same bytes of some channels' rows.
 struct TileWeights {
   const uint8_t* w;      // the tile's first byte in row 0
   const int32_t* index;  // the channels
-  int64_t channels;      // at most kGemmTileChannels
+  int64_t channels;      // as many as the tile's shape allows
 };
 
 struct TernaryTile {
   TileWeights weights;  // channels: a multiple of kGemmChannelGroup
   TileWeights next;     // of the tile that comes after this one; 0 channels: none
   int64_t row_bytes;    // stride of w
-  int64_t bytes;        // of a row in this tile: 32 or 64
+  int64_t bytes;        // of a row in this tile: a multiple of 32, as many as its shape allows
   const int8_t* q;      // [rows, channels], the activations of these channels
   int64_t q_stride;
-  int64_t rows;    // at most kGemmTileRows
-  uint8_t* codes;  // workspace, kGemmCodesBytes, aligned to 64
+  int64_t rows;        // at most kGemmTileRows
+  uint8_t* workspace;  // kGemmCodesBytes, or for tables kTableWorkspaceBytes; aligned to 64
 };
 
 // Rows that pass all of a tile's panels together: their activations take a small part of the first-level cache, and lie
@@ -128,15 +147,22 @@ struct GemmCost {
   float multiply;
 };
 
+struct TernaryGemm {
+  GemmCost cost;
+  TileShape shape;
+  // sums[row * shape.sums_stride + .] += q * code over the tile.
+  void (*multiply)(const TernaryTile& tile, int32_t* sums);
+};
+
 struct TernaryKernels {
   // Sums are kept for whole blocks of this many row bytes, four int32 per byte, in the kernel's own order; 32 or 64.
   int64_t block_bytes;
-  GemmCost gemm_cost;
   // sums[.] += q * code over `count` channels (at most kGemvRows). The rows `next` are read soon: prefetch them.
   void (*gemv)(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
                const int32_t* next, int64_t next_count, int32_t* sums);
-  // sums[row * kGemmSumsStride + .] += q * code over the tile.
-  void (*gemm)(const TernaryTile& tile, int32_t* sums);
+  float batch_cost;  // of a channel of a row of several that take turns; in the unit of GemmCost
+  TernaryGemm gemm;
+  const TernaryGemm* tables;  // for many rows; NULL: none
   // y[i] = float(sum over parts of the sums of output begin + i, less offset) * factor for i in 0..n-1. `begin` is a
   // multiple of kGemmTileOutputs.
   void (*finish)(const int32_t* const* parts, int64_t part_count, int64_t begin, int64_t n, int32_t offset,
@@ -149,6 +175,7 @@ constexpr int64_t kGemvRows = 32;
 extern const HalfKernels half_generic, half_f16c, half_neon;
 extern const QuantizeKernels quantize_generic, quantize_avx2, quantize_neon;
 extern const TopKKernels topk_generic, topk_avx2, topk_neon;
+extern const TernaryGemm ternary_tables_avx2;
 extern const TernaryKernels ternary_generic, ternary_avx2, ternary_avxvnni, ternary_avx512vnni;
 extern const TernaryKernels ternary_neon, ternary_neondot, ternary_neoni8mm;
 

@@ -127,6 +127,7 @@ struct Maddubs {
 
 }  // namespace
 
-const TernaryKernels ternary_avx2 = {kBlockBytes, {1.6f, 0.55f}, gemv, gemm<Maddubs>, finish};
+const TernaryKernels ternary_avx2 = {kBlockBytes,          gemv,  1.3f, {{1.6f, 0.55f}, kGemmTile, gemm<Maddubs>},
+                                     &ternary_tables_avx2, finish};
 
 }  // namespace qsk

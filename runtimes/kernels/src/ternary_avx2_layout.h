@@ -48,7 +48,7 @@ inline void unpack(const TernaryTile& tile) {
                                 _mm256_unpacklo_epi16(ab1, cd1), _mm256_unpackhi_epi16(ab1, cd1)};
       for (int h = 0; h < 4; ++h) {
         const int64_t panel = column / kBlockBytes * 8 + 2 * h;  // the planes 0 and 1; then 2 and 3
-        uint8_t* out = tile.codes + panel * panel_bytes(quads) + t * 64;
+        uint8_t* out = tile.workspace + panel * panel_bytes(quads) + t * 64;
         store(out, _mm256_and_si256(bytes[h], low));
         store(out + 32, _mm256_and_si256(_mm256_srli_epi16(bytes[h], 2), low));
         out += panel_bytes(quads);
@@ -75,7 +75,7 @@ void gemm(const TernaryTile& tile, int32_t* sums) {
     const int64_t end = first + kGemmRowsAtOnce < tile.rows ? first + kGemmRowsAtOnce : tile.rows;
     for (int64_t panel = 0; panel < panels; ++panel) {
       if (first == 0) prefetch_next_tile(tile, panel, panels);
-      const uint8_t* codes = tile.codes + panel * panel_bytes(quads);
+      const uint8_t* codes = tile.workspace + panel * panel_bytes(quads);
       int64_t row = first;
       while (row < end) {
         const int8_t* q = tile.q + row * tile.q_stride;

@@ -120,7 +120,7 @@ void unpack(const TernaryTile& tile) {
     interleave(load_bytes(rows[0], is_half), load_bytes(rows[1], is_half), load_bytes(rows[2], is_half),
                load_bytes(rows[3], is_half), bytes);
     for (int h = 0; h < 4; ++h) {
-      uint8_t* out = tile.codes + 2 * h * panel_bytes(quads) + t * 128;
+      uint8_t* out = tile.workspace + 2 * h * panel_bytes(quads) + t * 128;
       store(out, _mm512_and_si512(bytes[h], low));
       store(out + 64, _mm512_and_si512(_mm512_srli_epi16(bytes[h], 2), low));
       out += panel_bytes(quads);
@@ -164,7 +164,7 @@ void gemm(const TernaryTile& tile, int32_t* sums) {
     const int64_t end = first + kGemmRowsAtOnce < tile.rows ? first + kGemmRowsAtOnce : tile.rows;
     for (int64_t panel = 0; panel < 8; ++panel) {
       if (first == 0) prefetch_next_tile(tile, panel, 8);
-      const uint8_t* codes = tile.codes + panel * panel_bytes(quads);
+      const uint8_t* codes = tile.workspace + panel * panel_bytes(quads);
       int64_t row = first;
       while (row < end) {
         const int8_t* q = tile.q + row * tile.q_stride;
@@ -227,6 +227,6 @@ void finish(const int32_t* const* parts, int64_t part_count, int64_t begin, int6
 
 }  // namespace
 
-const TernaryKernels ternary_avx512vnni = {kBlockBytes, {1.2f, 0.5f}, gemv, gemm, finish};
+const TernaryKernels ternary_avx512vnni = {kBlockBytes, gemv, 1.0f, {{1.2f, 0.5f}, kGemmTile, gemm}, nullptr, finish};
 
 }  // namespace qsk

@@ -108,6 +108,7 @@ struct Dpbusd {
 
 }  // namespace
 
-const TernaryKernels ternary_avxvnni = {kBlockBytes, {1.0f, 0.42f}, gemv, gemm<Dpbusd>, finish};
+const TernaryKernels ternary_avxvnni = {kBlockBytes, gemv,  1.0f, {{1.0f, 0.42f}, kGemmTile, gemm<Dpbusd>},
+                                        nullptr,     finish};
 
 }  // namespace qsk

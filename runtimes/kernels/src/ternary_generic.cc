@@ -23,12 +23,12 @@ void gemm(const TernaryTile& tile, int32_t* sums) {
   for (int64_t c = 0; c < tile.weights.channels; ++c) {
     const uint8_t* row = tile.weights.w + tile.weights.index[c] * tile.row_bytes;
     for (int64_t j = 0; j < tile.bytes; ++j) {
-      for (int p = 0; p < 4; ++p) tile.codes[4 * j + p] = row[j] >> 2 * p & 3;
+      for (int p = 0; p < 4; ++p) tile.workspace[4 * j + p] = row[j] >> 2 * p & 3;
     }
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int32_t q = tile.q[r * tile.q_stride + c];
       int32_t* out = sums + r * kGemmSumsStride;
-      for (int64_t n = 0; n < 4 * tile.bytes; ++n) out[n] += q * tile.codes[n];
+      for (int64_t n = 0; n < 4 * tile.bytes; ++n) out[n] += q * tile.workspace[n];
     }
   }
 }
@@ -44,6 +44,6 @@ void finish(const int32_t* const* parts, int64_t part_count, int64_t begin, int6
 
 }  // namespace
 
-const TernaryKernels ternary_generic = {32, {0.3f, 1.0f}, gemv, gemm, finish};
+const TernaryKernels ternary_generic = {32, gemv, 1.0f, {{0.3f, 1.0f}, kGemmTile, gemm}, nullptr, finish};
 
 }  // namespace qsk

@@ -53,7 +53,7 @@ void unpack(const TernaryTile& tile) {
     const uint8_t* row = tile.weights.w + tile.weights.index[c] * tile.row_bytes;
     for (int64_t column = 0; column < tile.bytes; column += kHalfBytes) {
       const uint8x16_t bytes = vld1q_u8(row + column);
-      uint8_t* out = tile.codes + column / kHalfBytes * 4 * plane_bytes + c * kHalfBytes;
+      uint8_t* out = tile.workspace + column / kHalfBytes * 4 * plane_bytes + c * kHalfBytes;
       vst1q_u8(out, vandq_u8(bytes, low));
       vst1q_u8(out + plane_bytes, vandq_u8(vshrq_n_u8(bytes, 2), low));
       vst1q_u8(out + 2 * plane_bytes, vandq_u8(vshrq_n_u8(bytes, 4), low));
@@ -116,7 +116,7 @@ void gemm(const TernaryTile& tile, int32_t* sums) {
       if (first == 0) prefetch_next_tile(tile, panel, panels);
       for (int64_t begin = 0; begin < tile_channels; begin += kMultiplyChannels) {
         const int64_t left = tile_channels - begin;
-        const uint8_t* codes = tile.codes + (panel * tile_channels + begin) * kHalfBytes;
+        const uint8_t* codes = tile.workspace + (panel * tile_channels + begin) * kHalfBytes;
         multiply_rows(tile, codes, begin, left < kMultiplyChannels ? left : kMultiplyChannels, first, end,
                       sums + panel / 4 * kHalfSums + panel % 4 * 4);
       }
@@ -126,6 +126,6 @@ void gemm(const TernaryTile& tile, int32_t* sums) {
 
 }  // namespace
 
-const TernaryKernels ternary_neon = {32, {1.1f, 0.75f}, gemv, gemm, finish};
+const TernaryKernels ternary_neon = {32, gemv, 1.0f, {{1.1f, 0.75f}, kGemmTile, gemm}, nullptr, finish};
 
 }  // namespace qsk

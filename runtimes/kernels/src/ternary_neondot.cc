@@ -65,7 +65,7 @@ void unpack(const TernaryTile& tile) {
       interleave(rows, column, bytes);
       for (int h = 0; h < 4; ++h) {
         const int64_t panel = column / kHalfBytes * 4 + h;
-        uint8_t* out = tile.codes + (panel * quads + t) * 64;
+        uint8_t* out = tile.workspace + (panel * quads + t) * 64;
         vst1q_u8(out, vandq_u8(bytes[h], low));
         vst1q_u8(out + 16, vandq_u8(vshrq_n_u8(bytes[h], 2), low));
         vst1q_u8(out + 32, vandq_u8(vshrq_n_u8(bytes[h], 4), low));
@@ -111,7 +111,7 @@ void gemm(const TernaryTile& tile, int32_t* sums) {
     const int64_t end = first + kGemmRowsAtOnce < tile.rows ? first + kGemmRowsAtOnce : tile.rows;
     for (int64_t panel = 0; panel < panels; ++panel) {
       if (first == 0) prefetch_next_tile(tile, panel, panels);
-      const uint8_t* codes = tile.codes + panel * quads * 64;
+      const uint8_t* codes = tile.workspace + panel * quads * 64;
       int64_t row = first;
       while (row < end) {
         const int8_t* q = tile.q + row * tile.q_stride;
@@ -130,6 +130,7 @@ void gemm(const TernaryTile& tile, int32_t* sums) {
 
 }  // namespace
 
-const TernaryKernels ternary_neondot = {32, {1.2f, 0.47f}, ternary_neondot_gemv, gemm, finish};
+const TernaryKernels ternary_neondot = {32,    ternary_neondot_gemv, 1.0f, {{1.2f, 0.47f}, kGemmTile, gemm}, nullptr,
+                                        finish};
 
 }  // namespace qsk

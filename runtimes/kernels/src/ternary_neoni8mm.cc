@@ -26,7 +26,7 @@ void unpack(const TernaryTile& tile) {
         const uint32x4_t a = vreinterpretq_u32_u8(first[h]), b = vreinterpretq_u32_u8(second[h]);
         const uint8x16_t bytes[2] = {vreinterpretq_u8_u32(vzip1q_u32(a, b)), vreinterpretq_u8_u32(vzip2q_u32(a, b))};
         const int64_t panel = column / kHalfBytes * 4 + h;
-        uint8_t* out = tile.codes + (panel * groups + t) * kGroupBytes;
+        uint8_t* out = tile.workspace + (panel * groups + t) * kGroupBytes;
         for (int pair = 0; pair < 2; ++pair) {
           vst1q_u8(out + 16 * pair, vandq_u8(bytes[pair], low));
           vst1q_u8(out + 16 * pair + 32, vandq_u8(vshrq_n_u8(bytes[pair], 2), low));
@@ -90,7 +90,7 @@ void gemm(const TernaryTile& tile, int32_t* sums) {
     const int64_t end = first + kGemmRowsAtOnce < tile.rows ? first + kGemmRowsAtOnce : tile.rows;
     for (int64_t panel = 0; panel < panels; ++panel) {
       if (first == 0) prefetch_next_tile(tile, panel, panels);
-      const uint8_t* codes = tile.codes + panel * groups * kGroupBytes;
+      const uint8_t* codes = tile.workspace + panel * groups * kGroupBytes;
       int64_t row = first;
       while (row < end) {
         const int8_t* q = tile.q + row * tile.q_stride;
@@ -110,6 +110,7 @@ void gemm(const TernaryTile& tile, int32_t* sums) {
 
 }  // namespace
 
-const TernaryKernels ternary_neoni8mm = {32, {1.0f, 0.29f}, ternary_neondot_gemv, gemm, finish};
+const TernaryKernels ternary_neoni8mm = {32,    ternary_neondot_gemv, 1.0f, {{1.0f, 0.29f}, kGemmTile, gemm}, nullptr,
+                                         finish};
 
 }  // namespace qsk

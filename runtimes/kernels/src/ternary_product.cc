@@ -3,7 +3,9 @@
 // - several rows, by the rule in `skips`: either batches of rows that pass over the weights together, each row adding
 // up
 //   its own active channels while their weights are in the cache,
-// - or an int8 GEMM over the channels that are active in any row, weights unpacked tile by tile.
+// - or tiles of an integer GEMM over the channels that are active in any row: weights unpacked, or products looked up
+// in
+//   tables, whichever costs less.
 #include "ternary_product.h"
 
 #include <math.h>
@@ -49,8 +51,9 @@ struct Workspace {
   int64_t sums_stride;
   bool* is_filled;        // [workers] which of them had a piece
   const int32_t** parts;  // [workers] the sums of those
-  uint8_t* codes;         // [workers, kGemmCodesBytes]
-  float* y;               // [workers, y_stride] before conversion to float16
+  uint8_t* gemm;          // [workers, gemm_bytes]
+  int64_t gemm_bytes;
+  float* y;  // [workers, y_stride] before conversion to float16
   int64_t y_stride;
   int64_t bytes;  // the scratch that all of this takes
 };
@@ -102,11 +105,14 @@ Workspace lay_out(const TernaryProduct& args, int64_t workers, void* base) {
     work.batch[row].value = scratch.take<int8_t>(args.k + kSlack);
   }
   work.sums_stride = min_of(kBatchRows, args.m) * padded_outputs;
-  if (several) work.sums_stride = max_of(work.sums_stride, kGemmTileRows * kGemmSumsStride);
+  const bool has_tables = args.m >= kTableRows;
+  const int64_t tile_stride = has_tables ? kTableTile.sums_stride : kGemmTile.sums_stride;
+  if (several) work.sums_stride = max_of(work.sums_stride, min_of(kGemmTileRows, args.m) * tile_stride);
   work.sums = scratch.take<int32_t>(workers * work.sums_stride);
   work.is_filled = scratch.take<bool>(workers);
   work.parts = scratch.take<const int32_t*>(workers);
-  work.codes = scratch.take<uint8_t>(several ? workers * kGemmCodesBytes : 0);
+  work.gemm_bytes = has_tables ? max_of(kTableWorkspaceBytes, kGemmCodesBytes) : kGemmCodesBytes;
+  work.gemm = scratch.take<uint8_t>(several ? workers * work.gemm_bytes : 0);
   work.y_stride = max_of(kGemmTileOutputs, kFinishPiece);
   work.y = scratch.take<float>(half ? workers * work.y_stride : 0);
   work.bytes = scratch.used();
@@ -294,13 +300,28 @@ void close_gaps(const Call& call, const Active& active, int64_t row) {
   for (int64_t c = active.count; c % kGemmChannelGroup != 0; ++c) q[c] = 0;
 }
 
-// Whether each row on its own, skipping what is inactive in it, costs less than the GEMM over `any`, the union.
-bool skips(const Call& call, const Active& any) {
+// In units of the GEMV's time per channel and row.
+float cost_of(const TernaryGemm& gemm, int64_t m, const Active& any) {
+  const float rows = static_cast<float>(round_up(m, gemm.shape.row_group));
+  return static_cast<float>(any.count) * (gemm.cost.unpack + gemm.cost.multiply * rows);
+}
+
+// The GEMM that costs less over `any`, the union; NULL where each row on its own, skipping what is inactive in it,
+// costs less than either.
+const TernaryGemm* cheapest(const Call& call, const Active& any) {
+  const TernaryKernels& kernels = *call.variant.ternary;
+  const TernaryGemm* best = &kernels.gemm;
+  float cost = cost_of(*best, call.args.m, any);
+  if (call.args.m >= kTableRows && kernels.tables != nullptr) {
+    const float of_tables = cost_of(*kernels.tables, call.args.m, any);
+    if (of_tables < cost) {
+      best = kernels.tables;
+      cost = of_tables;
+    }
+  }
   int64_t active = 0;
   for (int64_t row = 0; row < call.args.m; ++row) active += call.work.tally[row].active;
-  const GemmCost& cost = call.variant.ternary->gemm_cost;
-  const float gemm = static_cast<float>(any.count) * (cost.unpack + cost.multiply * static_cast<float>(call.args.m));
-  return static_cast<float>(active) <= gemm;
+  return kernels.batch_cost * static_cast<float>(active) <= cost ? nullptr : best;
 }
 
 // The position in `active` of the first channel that is not below `channel`.
@@ -368,6 +389,7 @@ void multiply_batches(const Call& call, const Active& any) {
 }
 
 struct Tiling {
+  const TernaryGemm& gemm;
   int64_t columns;  // tiles over the outputs
   int64_t rows;     // tiles over m
   int64_t tile_rows;
@@ -375,56 +397,58 @@ struct Tiling {
 
 // The weights of the tile at `position` from the active channel `begin` on.
 TileWeights weights_of(const Call& call, const Active& active, const Tiling& tiling, int64_t position, int64_t begin) {
-  return {call.args.w + position / tiling.rows * kGemmTileBytes, active.index + begin,
-          min_of(kGemmTileChannels, active.count - begin)};
+  const TileShape& shape = tiling.gemm.shape;
+  return {call.args.w + position / tiling.rows * shape.bytes, active.index + begin,
+          min_of(shape.channels, active.count - begin)};
 }
 
 void multiply_tile(const Call& call, const Active& active, const Tiling& tiling, int64_t position, int64_t next,
                    int64_t worker) {
   const Workspace& work = call.work;
-  const int64_t first_byte = position / tiling.rows * kGemmTileBytes;
+  const TileShape& shape = tiling.gemm.shape;
+  const int64_t first_byte = position / tiling.rows * shape.bytes;
   const int64_t first_row = position % tiling.rows * tiling.tile_rows;
   TernaryTile tile = {};
   tile.row_bytes = call.row_bytes;
-  tile.bytes = min_of(kGemmTileBytes, call.row_bytes - first_byte);
+  tile.bytes = min_of(shape.bytes, call.row_bytes - first_byte);
   tile.q_stride = work.q_stride;
   tile.rows = min_of(tiling.tile_rows, call.args.m - first_row);
-  tile.codes = work.codes + worker * kGemmCodesBytes;
+  tile.workspace = work.gemm + worker * work.gemm_bytes;
   int32_t* sums = work.sums + worker * work.sums_stride;
-  memset(sums, 0, tile.rows * kGemmSumsStride * sizeof *sums);
-  for (int64_t begin = 0; begin < active.count; begin += kGemmTileChannels) {
-    const int64_t end = begin + kGemmTileChannels;
+  memset(sums, 0, tile.rows * shape.sums_stride * sizeof *sums);
+  const int64_t step = min_of(shape.channels, active.count);
+  for (int64_t begin = 0; begin < active.count; begin += step) {
+    const int64_t end = begin + step;
     tile.weights = weights_of(call, active, tiling, position, begin);
     tile.next = end < active.count ? weights_of(call, active, tiling, position, end)
                 : next >= 0        ? weights_of(call, active, tiling, next, 0)
                                    : TileWeights{};
     tile.weights.channels = round_up(tile.weights.channels, kGemmChannelGroup);
     tile.q = work.q + first_row * work.q_stride + begin;
-    call.variant.ternary->gemm(tile, sums);
+    tiling.gemm.multiply(tile, sums);
   }
   const int64_t first_output = first_byte * 4;
   for (int64_t r = 0; r < tile.rows; ++r) {
-    const int32_t* part = sums + r * kGemmSumsStride;
-    finish(call, {&part, 1, 0, first_output}, first_row + r, first_output + kGemmTileOutputs,
+    const int32_t* part = sums + r * shape.sums_stride;
+    finish(call, {&part, 1, 0, first_output}, first_row + r, first_output + 4 * tile.bytes,
            work.y + worker * work.y_stride);
   }
 }
 
 // Tiles of as many rows as possible, as each unpacks its weights anew, but enough of them for all workers.
-Tiling tiling_of(const Call& call) {
+Tiling tiling_of(const Call& call, const TernaryGemm& gemm) {
   constexpr int64_t kLeastRows = 16;
   constexpr int64_t kTilesPerWorker = 4;
-  const int64_t m = call.args.m;
-  Tiling tiling;
-  tiling.columns = ceil_div(call.row_bytes, kGemmTileBytes);
+  const int64_t m = call.args.m, multiple = max_of(4, gemm.shape.row_group);
+  Tiling tiling = {gemm, ceil_div(call.row_bytes, gemm.shape.bytes), 0, 0};
   const int64_t tiles = call.workers > 1 ? kTilesPerWorker * call.workers : 1;
   tiling.rows = max_of(ceil_div(m, kGemmTileRows), min_of(ceil_div(m, kLeastRows), ceil_div(tiles, tiling.columns)));
-  tiling.tile_rows = min_of(kGemmTileRows, round_up(ceil_div(m, tiling.rows), 4));  // of like size
+  tiling.tile_rows = min_of(kGemmTileRows, round_up(ceil_div(m, tiling.rows), multiple));  // of like size
   tiling.rows = ceil_div(m, tiling.tile_rows);
   return tiling;
 }
 
-void multiply_rows(const Call& call, const Active& active) {
+void multiply_rows(const Call& call, const TernaryGemm& gemm, const Active& active) {
   const int64_t m = call.args.m;
   if (active.count < call.args.k) {
     Pieces rows(m);
@@ -433,7 +457,7 @@ void multiply_rows(const Call& call, const Active& active) {
     };
     run_workers(call.parallel, min_of(call.workers, m), body);
   }
-  const Tiling tiling = tiling_of(call);
+  const Tiling tiling = tiling_of(call, gemm);
   Pieces tiles(tiling.columns * tiling.rows);
   auto body = [&](int64_t worker) {
     int64_t tile = tiles.take();
@@ -477,10 +501,11 @@ int ternary_product(const qsk_variant& variant, const TernaryProduct& product, c
   };
   run_workers(parallel, m * product.k < kQuantizePiece ? 1 : min_of(workers, m), quantize_rows);
   const Active any = unite(call);
-  if (skips(call, any)) {
+  const TernaryGemm* const gemm = cheapest(call, any);
+  if (gemm == nullptr) {
     multiply_batches(call, any);
   } else {
-    multiply_rows(call, any);
+    multiply_rows(call, *gemm, any);
   }
   return QSK_OK;
 }
