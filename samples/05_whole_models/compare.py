@@ -1,21 +1,22 @@
 #!/usr/bin/env python3
 """Whole models against their peers, in turns on one machine: a page of ratios.
 
-    qsparse-export shape:bitnet-2b-4t --sparse-ratio 0.6 --head int4 --logits last --verify none -o bitnet
+    qsparse-export shape:bitnet-2b-4t --sparse-ratio 0.6 --head int4 --logits last --verify none --with-bench -o bitnet
     python samples/05_whole_models/compare.py --title "BitNet 2B4T" --bundle bitnet \
         --llama-bench build/bin/llama-bench --gguf tq2_0.gguf -t 1,2 -o bitnet.json
     python samples/05_whole_models/compare.py --page docs/whole-models.md bitnet.json smollm2.json
 
-    qsparse-export SmolLM2.gguf --sparse-ratio 0.25 --sparse-ratio down=0.5 --weights int4 --head int4 --logits last -o smollm2
+    qsparse-export SmolLM2.gguf --sparse-ratio 0.25 --sparse-ratio down=0.5 --weights int4 --head int4 --logits last \
+        --with-bench -o smollm2
     llama-quantize --allow-requantize SmolLM2.gguf smollm2-q4_0.gguf q4_0
     python -m onnxruntime_genai.models.builder -i smollm2-hf -o smollm2-genai -p int4 -e cpu --extra_options int4_accuracy_level=4
 
 The page in docs/ had -n 48 -r 4 for BitNet and -n 64 -r 5 for SmolLM2. tq2_0.gguf is the same shape with random weights, its head
 q6_K; smollm2-hf the GGUF's tensors as a transformers folder.
 
---bundle: a folder of qsparse-export, timed by qsparse-bench. --gguf: a file for llama-bench of llama.cpp. --genai: a folder of
-onnxruntime-genai's model builder, timed by the loop of its own model benchmark (one token fed, one chosen). Each may be
-repeated. Rounds take turns, so that a machine that slows down does so for all; ratios are of the means. Threads spin between
+--bundle: a folder of qsparse-export, timed by the program that --with-bench put into it, else by qsparse-bench, whose Python
+takes 0.3 ms of each token. --gguf: a file for llama-bench of llama.cpp. --genai: a folder of onnxruntime-genai's model
+builder, timed by the loop of its own model benchmark (one token fed, one chosen). Each may be repeated. Rounds take turns, so that a machine that slows down does so for all; ratios are of the means. Threads spin between
 kernels in all of them, which is the peers' default (ours: QSPARSE_SPIN=1).
 """
 
@@ -30,6 +31,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import onnxruntime
 
 GENAI = """
 import json, sys, time
@@ -72,14 +75,22 @@ class Contender:
         """Tokens per second of one round: pp (a prompt at once) and tg (one by one)."""
         prompt, new = options.prompt, options.generate
         if self.kind == "bundle":
-            bench = [str(Path(sys.executable).with_name("qsparse-bench")), str(self.path), "-o", "json", "-r", "1"]
-            rows = _json([*bench, "-p", str(prompt), "-n", str(new), "-t", str(threads)])["rows"]
+            rows = _json([*_bench_of(self.path), "-r", "1", "-p", str(prompt), "-n", str(new), "-t", str(threads)])["rows"]
             return {row["test"][:2]: row["tokens_per_s_mean"] for row in rows if row["mode"] == "native"}
         if self.kind == "gguf":
             bench = [options.llama_bench, "-m", str(self.path), "-o", "json", "-r", "1"]
             rows = _json([*bench, "-p", str(prompt), "-n", str(new), "-t", str(threads)])
             return {"pp" if row["n_prompt"] else "tg": row["avg_ts"] for row in rows}
         return _json([sys.executable, "-c", GENAI, str(self.path), str(prompt), str(new), str(threads)])
+
+
+def _bench_of(bundle: Path) -> list[str]:
+    """The program inside the bundle where there is one: without Python, as the peers are."""
+    program = bundle / "qsparse-device-bench"
+    if not program.is_file():
+        return [str(Path(sys.executable).with_name("qsparse-bench")), str(bundle), "-o", "json"]
+    (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*")
+    return [str(program), str(bundle), "--onnxruntime", str(library), "--modes", "native", "--unchecked"]
 
 
 def _json(command: list[str]) -> dict | list:
@@ -132,7 +143,7 @@ def page(reports: list[dict]) -> str:
     parts = ["# Whole models and their peers\n"]
     parts.append(
         "Made by [samples/05_whole_models/compare.py](../samples/05_whole_models/compare.py), which has the commands. All run in "
-        "turns, with threads that spin between kernels. Ours is driven from Python, which takes about 0.3 ms of each token."
+        "turns, with threads that spin between kernels, each driven by a program in C++ (genai: by its loop, called from Python)."
     )
     for report in reports:
         machine = report["machine"]

@@ -18,6 +18,7 @@
 
 #if defined(__linux__)
 #include <linux/perf_event.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -96,10 +97,17 @@ class Pool {
   int64_t next_ = 0, count_ = 0, left_ = 0;
 };
 
+// In huge pages where the system has them, as weights are in a bundle.
 class Bytes {
  public:
   explicit Bytes(int64_t bytes) {
-    if (posix_memalign(&base_, 64, bytes + 64) != 0) fail("out of memory");
+    constexpr int64_t kHugePage = 2 << 20;
+    const int64_t alignment = bytes < kHugePage ? 64 : kHugePage;
+    const int64_t whole = (bytes + 64 + alignment - 1) / alignment * alignment;
+    if (posix_memalign(&base_, alignment, whole) != 0) fail("out of memory");
+#if defined(__linux__)
+    if (alignment == kHugePage) madvise(base_, whole, MADV_HUGEPAGE);
+#endif
     memset(base_, 0, bytes);
   }
   Bytes(const Bytes&) = delete;
