@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Whole models against their peers, in turns on one machine: a page of ratios.
+r"""Whole models against their peers, in turns on one machine: a page of ratios.
 
     qsparse-export shape:bitnet-2b-4t --sparse-ratio 0.6 --head int4 --logits last --verify none --with-bench -o bitnet
     python samples/05_whole_models/compare.py --title "BitNet 2B4T" --bundle bitnet \
