@@ -16,8 +16,10 @@ q6_K; smollm2-hf the GGUF's tensors as a transformers folder.
 
 --bundle: a folder of qsparse-export, timed by the program that --with-bench put into it, else by qsparse-bench, whose Python
 takes 0.3 ms of each token. --gguf: a file for llama-bench of llama.cpp. --genai: a folder of onnxruntime-genai's model
-builder, timed by the loop of its own model benchmark (one token fed, one chosen). Each may be repeated. Rounds take turns, so that a machine that slows down does so for all; ratios are of the means. Threads spin between
-kernels in all of them, which is the peers' default (ours: QSPARSE_SPIN=1).
+builder, timed by the loop of its own model benchmark (one token fed, one chosen). Each may be repeated.
+
+Rounds take turns, so that a machine that slows down does so for all; ratios are of the means. Threads spin between kernels
+in all of them, which is the peers' default (ours: QSPARSE_SPIN=1).
 """
 
 from __future__ import annotations
