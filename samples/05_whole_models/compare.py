@@ -77,7 +77,8 @@ class Contender:
         """Tokens per second of one round: pp (a prompt at once) and tg (one by one)."""
         prompt, new = options.prompt, options.generate
         if self.kind == "bundle":
-            rows = _json([*_bench_of(self.path), "-r", "1", "-p", str(prompt), "-n", str(new), "-t", str(threads)])["rows"]
+            bench = [*_bench_of(self.path), "-r", "1"]
+            rows = _json([*bench, "-p", str(prompt), "-n", str(new), "-t", str(threads)])["rows"]
             return {row["test"][:2]: row["tokens_per_s_mean"] for row in rows if row["mode"] == "native"}
         if self.kind == "gguf":
             bench = [options.llama_bench, "-m", str(self.path), "-o", "json", "-r", "1"]

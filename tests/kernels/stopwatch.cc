@@ -7,6 +7,7 @@
 //   natural   the same without a selection: what is not active is zero in x already
 //   select    selection, quantiser and the list of active channels alone, for one row (M times over)
 //   quantise  the same without a selection
+//   wake      an empty task on every thread: what asking them costs
 // Every call of a part takes the next of COPIES weight matrices (1: weights stay in the cache). The parts take turns,
 // CALLS times; printed are the least and the median of each in microseconds, the median's share of the first part, and
 // on Linux, where the counter may be read, the least cycles of the calling thread and the products per cycle: figures
@@ -239,8 +240,11 @@ int main(int argc, char** argv) {
       parts.push_back({name, [&](int64_t) { quantise(true); }, {}, INT64_MAX});
     } else if (name == "quantise") {
       parts.push_back({name, [&](int64_t) { quantise(false); }, {}, INT64_MAX});
+    } else if (name == "wake") {
+      parts.push_back(
+          {name, [&](int64_t) { Pool::run(&pool, [](void*, int64_t) {}, nullptr, threads); }, {}, INT64_MAX});
     } else {
-      fail("PARTS: whole, natural, select, quantise");
+      fail("PARTS: whole, natural, select, quantise, wake");
     }
   }
   const Cycles cycles;
