@@ -104,7 +104,8 @@ def roofline(model: ir.Model, densities: Sequence[float | None] = DENSITIES, gpu
     return Roofline(
         work=_by_projection(reads.products),
         other_bytes=reads.other_bytes,
-        masked_bytes=reads.other_bytes + sum(product.weight_bytes * _share(product, None) for product in reads.products),
+        masked_bytes=reads.other_bytes
+        + sum(product.weight_bytes * _share(product, None) for product in reads.products),
         kernels=kernels,
         expected=tuple(_expected(reads, count, gpu, density) for gpu in gpus for density in densities),
     )
