@@ -12,6 +12,7 @@ import pytest
 import stand_in
 from counting_models import BITNET, QSPARSE, trained
 from emulated_kernels import build_emulated_ort
+from evidence import LAUNCHED, WHOLE_MODELS, Evidence, Record
 
 import qsparse_export as qs
 from qsparse_export.bench.launches import OWN, launches
@@ -55,7 +56,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_node_and_no_copy_is_left_to_the_cpu(name: str, exported: Callable[[str], Bundle]) -> None:
+def test_no_node_and_no_copy_is_left_to_the_cpu(name: str, exported: Callable[[str], Bundle], evidence: Record) -> None:
     made, (_, _, calls) = exported(name), CASES[name]
     report = stand_in.run(made.path, build_emulated_ort(with_cpu_ops=True))
     ran = report["placed"]
@@ -66,6 +67,7 @@ def test_no_node_and_no_copy_is_left_to_the_cpu(name: str, exported: Callable[[s
     on_gpu = made.manifest["placement"]["gpu"]
     assert set(ran[GPU]) <= {op.rpartition(":")[2] for op in on_gpu} | FUSED, "as the manifest says"
     assert set(calls) | {"GroupQueryAttention", "RMSNormalization", "RotaryEmbedding"} <= set(ran[GPU])
+    evidence(Evidence(WHOLE_MODELS, "ONNX Runtime, CUDA kernels", "any", LAUNCHED, "stand-in for CUDA"))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import dense_matmul_cases
@@ -45,10 +45,12 @@ def kernel_of(case: Product, tiling: Tiling = DEFAULT) -> tuple[Callable[..., An
     return sparse_matmul_nbits, {**selection, "n": weights.outputs, **format_}
 
 
-def op_name(case: Product) -> str:
-    """The ONNX op."""
+def op_names(cases: Sequence[Product]) -> str:
+    """The ONNX ops, of which TernaryMatMul is SparseTernaryMatMul with one matrix and nothing selected."""
     names = {SparseTernary: "SparseTernaryMatMul", SparseMatMul: "SparseMatMulNBits", DenseMatMul: "DenseMatMulNBits"}
-    return names[type(case)]
+    ternary = [case for case in cases if isinstance(case, SparseTernary)]
+    dense = [case for case in ternary if len(case.matrices) == 1 and case.k == case.x.shape[1] and not case.rescale]
+    return ", ".join([*dict.fromkeys(names[type(case)] for case in cases), *(["TernaryMatMul"] if dense else [])])
 
 
 def tensors_of(case: Product) -> tuple[tuple[np.ndarray, ...], tuple[int, int]]:
