@@ -5,7 +5,7 @@ import signal
 import pytest
 from emulated_host import HostCall, build_host, build_library, results, run
 from evidence import EMULATED, Evidence
-from product_cases import head_cases, kernel_of, nbits_cases, op_names, tensors_of, ternary_cases
+from product_cases import dense_ternary_cases, head_cases, kernel_of, nbits_cases, op_names, tensors_of, ternary_cases
 
 from qsparse_export.runtimes.tvm.lanes import NEON, NEON_DOT
 
@@ -27,7 +27,7 @@ def host_calls(cases, lanes):
     return calls
 
 
-@pytest.mark.parametrize("cases", [ternary_cases, nbits_cases, head_cases])
+@pytest.mark.parametrize("cases", [ternary_cases, dense_ternary_cases, nbits_cases, head_cases])
 @pytest.mark.parametrize(
     ("lanes", "features", "cpu"), [(NEON, ["neon"], "cortex-a53"), (NEON_DOT, ["neon", "dotprod"], "cortex-a76")]
 )
