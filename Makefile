@@ -20,9 +20,9 @@ COMMA   := ,
 demo: $(VENV)/.installed
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash samples/01_smollm2/run.sh
 
-# A file's tests stay together: what they share is made once.
+# A file's tests stay together: what they share is made once. Their report is what docs/backends.md is made of.
 test: $(VENV)/.tested $(NODE_PACKAGES)
-	$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadscope
+	$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadscope --junitxml=build/tests.xml
 
 lint: $(VENV)/.tested
 	$(VENV)/bin/ruff check -q .

@@ -77,7 +77,7 @@ class Bundle:
                 f"{self.path / MANIFEST} does not describe a target ({error}); export it again"
             ) from error
         if machine == (here.arch, here.system) and not lacks:
-            if self._is_for_gpu():
+            if self.is_for_gpu():
                 require_gpu(self.path)
             return
         wants = f"{machine[0]} {machine[1]}" + (f" with {', '.join(lacks)}" if lacks else "")
@@ -125,11 +125,12 @@ class Bundle:
 
         return (
             gpu_runtime(self.manifest["target"])
-            if native and self._is_for_gpu()
+            if native and self.is_for_gpu()
             else get_runtime(self.manifest["runtime"])
         )
 
-    def _is_for_gpu(self) -> bool:
+    def is_for_gpu(self) -> bool:
+        """Whether it was made for ONNX Runtime's CUDA provider."""
         return self.manifest["runtime"] == "ort" and "cuda" in self.manifest["target"]["features"]
 
     def decoder_shape(self) -> DecoderShape:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from evidence import EXECUTED, WHOLE_MODELS, Evidence
 
 import qsparse_export as qs
 from qsparse_export.api import as_model
@@ -66,7 +67,7 @@ def bundles(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_shape_exports_and_is_verified_both_ways(bundles, name):
+def test_every_shape_exports_and_is_verified_both_ways(bundles, name, evidence):
     bundle = bundles(name)
     parity = bundle.manifest["parity"]
     assert [path["path"] for path in parity["paths"]] == ["native", "bodies"]
@@ -80,6 +81,9 @@ def test_every_shape_exports_and_is_verified_both_ways(bundles, name):
     assert "CachedAttention" in native["native_calls"]
     assert any(op.endswith("TernaryMatMul") for op in native["native_calls"]) == name.startswith("bitnet")
     onnx.checker.check_model(str(bundle.path / "model.onnx"), full_check=True)
+    for path, backend in ((native, "ONNX Runtime, C++ kernels"), (bodies, "ONNX Runtime, function bodies")):
+        share = path["relative_logit_error"] / parity["limit"]
+        evidence(Evidence(WHOLE_MODELS, backend, "x86-64", EXECUTED, error_share=share))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

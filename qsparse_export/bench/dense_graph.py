@@ -29,6 +29,11 @@ def selects(node: ir.Node) -> bool:
     return node.domain == DOMAIN and {"k", "block"} <= node.attributes.keys()
 
 
+def rescales(node: ir.Node) -> bool:
+    """Whether ``node`` divides what it keeps of a row by its norm."""
+    return "rescale" in node.attributes and node.attributes["rescale"].as_string() != "none"
+
+
 def keep_all_channels(model: ir.Model) -> bool:
     """Opens every mask of ``model`` in place; returns whether one was closed. BundleError where a width is unknown.
 
@@ -43,8 +48,7 @@ def keep_all_channels(model: ir.Model) -> bool:
             continue
         x = node.inputs[0]
         width = x.shape[-1] if x is not None and x.shape is not None else None
-        rescales = "rescale" in node.attributes and node.attributes["rescale"].as_string() != "none"
-        if node.op_type == "TopKSparsify" and not rescales:
+        if node.op_type == "TopKSparsify" and not rescales(node):
             assert x is not None and node.graph is not None
             node.outputs[0].replace_all_uses_with(x)
             node.graph.remove(node, safe=True)

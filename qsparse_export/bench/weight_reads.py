@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qsparse_export.bench.dense_graph import selects
+from qsparse_export.bench.dense_graph import rescales, selects
 from qsparse_export.ops.base import DOMAIN
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ def weight_reads(graph: ir.Graph) -> WeightReads:
     for value in graph.initializers.values():
         if value.const_value is None:
             continue
-        uses = list(value.uses())
-        readers = {id(use.node): use.node for use in uses if not _reads_one_row(use.node, use.idx)}
+        uses = list(_uses(value))
+        readers = {id(node): node for node, at in uses if not _reads_one_row(node, at)}
         if not readers:
             other_bytes += value.const_value.nbytes // max(1, value.const_value.shape.numpy()[0]) if uses else 0
             continue
@@ -98,11 +99,24 @@ def weight_reads(graph: ir.Graph) -> WeightReads:
     return WeightReads(tuple(_product(nodes[i], owned[i]) for i in sorted(owned)), other_bytes)
 
 
+def _uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+    """The nodes that read ``value``, as it is or in another shape, and which of their inputs it is."""
+    for node, at in value.uses():
+        if node.op_type == "Reshape" and node.domain == "" and at == 0:
+            yield from _uses(node.outputs[0])
+        else:
+            yield node, at
+
+
+_INDICES = {(DOMAIN, "GatherNBits"): 0, ("com.microsoft", "GatherBlockQuantized"): 1}
+"""Which input holds the tokens of an embedding; all others hold a row for each."""
+
+
 def _reads_one_row(node: ir.Node, position: int) -> bool:
     """Whether a decode step takes one row of input ``position``: the token's embedding, or what belongs to its place."""
-    if node.domain == DOMAIN:
-        return node.op_type == "GatherNBits" and position > 0
-    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    axis = next((node.attributes[name].as_int() for name in ("axis", "gather_axis") if name in node.attributes), 0)
+    if (indices := _INDICES.get((node.domain, node.op_type))) is not None:
+        return position != indices and axis == 0
     return node.op_type == "Gather" and node.domain == "" and position == 0 and axis == 0
 
 
@@ -146,7 +160,7 @@ def _product(node: ir.Node, weights: list[ir.Value]) -> Product:
         kept=attributes["k"].as_int() if attributes else width,
         block=attributes["block"].as_int() if attributes else 0,
         quantises=node.domain == DOMAIN and node.op_type in _QUANTISING,
-        rescales="rescale" in attributes and attributes["rescale"].as_string() != "none",
+        rescales=selects(node) and rescales(node),
         outputs=_width_of(node.outputs[0]) or 0,
     )
 
@@ -154,8 +168,11 @@ def _product(node: ir.Node, weights: list[ir.Value]) -> Product:
 def linears_of(weight: str) -> tuple[str, ...]:
     """Names of the linears whose weights are in the initialiser called ``weight``.
 
-    ``a.q_proj.packed`` is a.q_proj; fused ones are called ``a.q_proj+k_proj.packed`` or ``a.gate.packed+b.up.packed``.
+    ``a.q_proj.packed`` is a.q_proj; fused ones are called ``a.q_proj+k_proj.packed`` or ``a.gate.packed+b.up.packed``, and
+    those that lower-nbits gave another form ``a.rows.blocks`` or ``a.row_scales.float``.
     """
+    for form in (".blocks", ".float"):
+        weight = weight.removesuffix(form)
     leaf = weight.rpartition(".")[2]
     whole = weight.split("+")
     if all(name.endswith(f".{leaf}") for name in whole):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qsparse_export.cli import bench_remote, bench_rpc
 from qsparse_export.cli.bench_progress import Progress
 from qsparse_export.cli.console import print_json, say
-from qsparse_export.errors import MeasurementError, QSparseError, UsageError
+from qsparse_export.errors import MeasurementError, QSparseError, TargetError, UsageError
 
 if TYPE_CHECKING:
     from qsparse_export.bench.measurement import Measurement, Mode
@@ -30,7 +30,7 @@ examples
   qsparse-bench smollm2 -p 128 -n 64 -t 1,2 --dense           what sparsity gains: the same weights, every mask open
   qsparse-bench smollm2 -p 0 -n 32 --no-native --dense -r 3   generation only, all three modes
   qsparse-bench smollm2 -o json > smollm2.json
-  qsparse-bench bitnet --roofline                             what an H100, an A100, a 4090 or an Orin could do at best
+  qsparse-bench bitnet-cuda --roofline                        what an H100, an A100, a 4090 or an Orin could do at best
   qsparse-bench --remote pi@raspberrypi smollm2-pi --device "Pi 5" -o json > pi5.json
   qsparse-bench --rpc 127.0.0.1:9190 --key pi5 smollm2-tvm    on every device that a TVM RPC tracker has as "pi5"
 
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--roofline",
         action="store_true",
-        help="measure nothing: what GPUs could do at best, from bytes and data sheets",
+        help="of a bundle for cuda: what GPUs could do at best, from bytes, launches and data sheets, and what the one here does",
     )
     made.add_argument("--device", metavar="NAME", help="what to call this machine in merged reports")
     made.add_argument("-o", "--output", choices=FORMATS, default="md", help="format (default md)")
@@ -135,6 +135,7 @@ def command(argv: Sequence[str]) -> None:
 def _roofline(arguments: argparse.Namespace) -> None:
     import onnx_ir
 
+    from qsparse_export.bench import gpu
     from qsparse_export.bench.roofline import roofline, spell
     from qsparse_export.bundle import Bundle
 
@@ -145,14 +146,33 @@ def _roofline(arguments: argparse.Namespace) -> None:
         or arguments.no_native
         or arguments.output not in ("md", "json")
     ):
-        raise UsageError("--roofline measures nothing: it goes with -o md or -o json alone")
+        raise UsageError("--roofline is of the bundle as it is, on this machine: it goes with -o md or -o json alone")
     bundle = Bundle.load(arguments.bundle)
     bundle.decoder_shape()  # of a decoder, or refused
-    found = roofline(onnx_ir.load(bundle.path / "model.onnx"))
-    if arguments.output == "json":
-        print_json({"model": bundle.manifest["name"], **found.to_dict()})
+    if not bundle.is_for_gpu():
+        raise UsageError(
+            f"{bundle.path} is for {bundle.manifest['target'].get('name')} and the runtime {bundle.manifest['runtime']}, whose "
+            "graph no GPU would run so: --roofline is of bundles for ONNX Runtime on NVIDIA GPUs; export it with --target cuda "
+            "(--portable does, where nvcc is missing)"
+        )
+    model = onnx_ir.load(bundle.path / "model.onnx")
+    if on_cpu := bundle.manifest["placement"]["cpu"]:
+        say(f"note: what falls back to the CPU is not counted: {', '.join(on_cpu)}")
+    found = roofline(model)
+    measured, reason = None, None
+    try:
+        name = gpu.require_gpu_for(bundle)
+    except TargetError as error:
+        reason = str(error)
+        say(f"note: nothing was measured, since {reason}")
     else:
-        print(spell(found))
+        say(f"generating {2 * gpu.TOKENS} tokens on {name}")
+        measured = gpu.measure(bundle, model, name)
+    if arguments.output == "json":
+        plain = {"measured": measured.to_dict() if measured else None, "not_measured": reason}
+        print_json({"model": bundle.manifest["name"], **found.to_dict(), **plain})
+    else:
+        print(spell(found) + (f"\n\n{gpu.spell(measured)}" if measured else ""))
 
 
 def _plan(arguments: argparse.Namespace, bundle: Bundle) -> Plan:

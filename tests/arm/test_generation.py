@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from emulation import Emulator
-from evidence import EMULATED, Evidence
+from evidence import EMULATED, WHOLE_MODELS, Evidence
 
 from qsparse_export.generate import DecoderShape, Generator
 from qsparse_export.runtimes import get_runtime
@@ -42,7 +42,7 @@ def test_same_tokens_and_calls_as_on_this_machine(bundle, emulator, onnxruntime,
         there = {op: {VARIANTS[cpu]: count} for op, count in calls.items()} if mode == "native" else {}
         assert result.printed["native_calls"] == there
         backend = "ONNX Runtime, C++ kernels" if mode == "native" else "ONNX Runtime, function bodies"
-        evidence(Evidence("whole models", backend, f"aarch64 {VARIANTS[cpu]}", EMULATED, f"qemu {cpu}"))
+        evidence(Evidence(WHOLE_MODELS, backend, f"aarch64 {VARIANTS[cpu]}", EMULATED, f"qemu {cpu}"))
     assert here(made, native=False) == (expected, {})
 
 

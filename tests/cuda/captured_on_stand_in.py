@@ -17,7 +17,8 @@ from qsparse_export.runtimes.ort.library import open_library
 from qsparse_export.runtimes.ort.runtime import CUDA_PROVIDER
 
 BUNDLE, LIBRARY = map(Path, sys.argv[1:])
-ROOM = 16
+ROOM = 512
+"""Positions of the cache: so many that attention is cut into pieces, as it is with the past of a real text."""
 GRAPHS = ("-1", "1", "1", "-1", "1")
 """Of each run the number of its graph; -1: none."""
 SIZES = {"batch": 1, "sequence": 1, "total": ROOM, "past": ROOM}

@@ -144,3 +144,11 @@ OPS = {
     "sparse_matmul": (sparse_matmul, 480),
 }
 """Cases of each op, and a lower bound of their number, so that a filter that lets nothing pass is noticed."""
+
+NAMES = {
+    "topk": "TopKSparsify",
+    "quantize": "quantiser",
+    "sparse_ternary": "SparseTernaryMatMul",
+    "sparse_matmul": "SparseMatMulNBits",
+}
+"""What reports call them. TernaryMatMul is SparseTernaryMatMul of one matrix (test_ort_ops.py)."""

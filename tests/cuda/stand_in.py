@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -30,6 +31,12 @@ CUDNN = "libcudnn.so.9"
 TENSORRT = ("libnvinfer.so.10", "libnvonnxparser.so.10")
 _PREFIXES = r"(?:__cuda|cuda|cublas|cudnn|curand|cuTensor|createInfer|createNv|getPlugin|getInfer)\w*"
 _VERSION = {"cudnnGetVersion": 92000}
+_WRITTEN = {
+    "cuInit": "int cuInit(unsigned) { return 0; }",
+    "cuDeviceGet": "int cuDeviceGet(int* device, int) { *device = 0; return 0; }",
+    "cuDeviceGetName": 'int cuDeviceGetName(char* name, int, int) { strcpy(name, getenv("STAND_IN_NAME")); return 0; }',
+}
+"""Functions of the driver that this project calls itself. The GPU's name is what STAND_IN_NAME says."""
 
 
 def packaged_provider() -> Path:
@@ -56,6 +63,7 @@ def _wanted(providers: list[Path]) -> dict[str, set[str]]:
     wanted: dict[str, set[str]] = defaultdict(set)
     for library in ("libcurand.so.10", DRIVER, *TENSORRT):
         wanted[library] = set()
+    wanted[DRIVER] |= _WRITTEN.keys()
     for provider in providers:
         nm = [tool("nm", "binutils"), "-D", "--undefined-only", provider]
         listed = subprocess.run(nm, capture_output=True, text=True, check=True).stdout
@@ -67,13 +75,16 @@ def _wanted(providers: list[Path]) -> dict[str, set[str]]:
 
 def _compile(folder: Path, library: str, functions: set[str]) -> None:
     source = folder / f"{library}.cc"
-    source.write_text("".join(map(_succeeding, sorted(functions))), "utf-8")
+    written = "".join(map(_succeeding, sorted(functions)))
+    source.write_text(f"#include <stdlib.h>\n#include <string.h>\n{written}", "utf-8")
     sources = [source, *(RUNTIME_SOURCES if library == RUNTIME else ())]
     link(folder / library, sources, versioned=library not in (DRIVER, *TENSORRT))
 
 
 def _succeeding(name: str) -> str:
     """A function that returns 0, or makes a handle that is not null."""
+    if name in _WRITTEN:
+        return f'extern "C" {_WRITTEN[name]}\n'
     if name in _VERSION:
         return f'extern "C" unsigned long {name}() {{ return {_VERSION[name]}; }}\n'
     if "Create" in name:
@@ -102,22 +113,35 @@ def registered_ops() -> list[str]:
     return _printed("registered_ops.py")
 
 
+def environment() -> dict[str, str]:
+    """Of processes that find onnxruntime-gpu in place of the installed ONNX Runtime, and the stand-in for CUDA."""
+    package = packaged_provider()
+    return {**os.environ, "LD_LIBRARY_PATH": str(build(package)), "PYTHONPATH": str(package)}
+
+
+def driver_alone() -> Path:
+    """A folder with the driver and no other library of CUDA."""
+    folder = build(packaged_provider())
+    alone = folder.with_name("driver_alone")
+    alone.mkdir(exist_ok=True)
+    shutil.copy2(folder / DRIVER, alone)
+    return alone
+
+
 def refusal(bundle: Path, library: Path) -> str:
     """What the same process says where there are no CUDA libraries at all."""
-    done = _process("on_stand_in.py", (bundle, library), libraries="")
+    done = _process("on_stand_in.py", (bundle, library), {**environment(), "LD_LIBRARY_PATH": ""})
     assert done.returncode != 0
     return done.stderr
 
 
 def _printed(script: str, *arguments: Path) -> Any:
-    done = _process(script, arguments, libraries=str(build(packaged_provider())))
+    done = _process(script, arguments, environment())
     if done.returncode != 0:
         pytest.fail(f"{' '.join(map(str, done.args))}\n{done.stderr[-4000:]}", pytrace=False)
     return json.loads(done.stdout)
 
 
-def _process(script: str, arguments: Sequence[Path], libraries: str) -> subprocess.CompletedProcess[str]:
+def _process(script: str, arguments: Sequence[Path], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, Path(__file__).parent / script, *arguments]
-    # Its ONNX Runtime in the place of the installed one.
-    environment = {**os.environ, "LD_LIBRARY_PATH": libraries, "PYTHONPATH": str(packaged_provider())}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

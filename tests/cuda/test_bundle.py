@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 from counting_models import BITNET, QSPARSE, trained
+from evidence import EXECUTED, WHOLE_MODELS, Evidence
 
 import qsparse_export as qs
 from qsparse_export.bundle import Bundle
@@ -58,7 +59,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_everything_is_for_the_gpu_and_verified_on_the_cpu(bundle, name):
+def test_everything_is_for_the_gpu_and_verified_on_the_cpu(bundle, name, evidence):
     ops = MODELS[name][2]
     manifest = bundle(name).manifest
     assert manifest["dtype"] == "float16", "of its own accord"
@@ -81,6 +82,9 @@ def test_everything_is_for_the_gpu_and_verified_on_the_cpu(bundle, name):
     assert parity["ran_on"]["library"] == manifest["library"], "the CPU kernels of the bundle's own library"
     assert manifest["library"]["compiler"].startswith("nvcc ")
     assert manifest["library"]["gpus"] == [f"sm_{number}" for number in compiled_kernels.ARCHITECTURES]
+    share = max(path["relative_logit_error"] for path in parity["paths"]) / parity["limit"]
+    backend = "ONNX Runtime, graph for CUDA"
+    evidence(Evidence(WHOLE_MODELS, backend, "any", EXECUTED, "CPU provider, C++ kernels and bodies", share))
 
 
 def gpus_in(library: Path) -> set[int]:

@@ -10,7 +10,7 @@ import compiled_kernels
 import cuda_cases
 import pytest
 from compiled_kernels import ARCHITECTURES, ROOT, Build, NoCompiler, resources, run_cmake
-from evidence import COMPILED, OP_NAMES, Evidence, Record
+from evidence import COMPILED, Evidence, Record
 from kernel_runs import tool
 
 
@@ -47,8 +47,8 @@ def test_there_is_machine_code_for_every_architecture(built: Build, evidence: Re
     for number, content in found.items():
         missing = [name for name in kernels_in_sources() if name.encode() not in content]
         assert not missing, f"sm_{number} lacks {missing}"
-        for op in cuda_cases.OPS:
-            evidence(Evidence(OP_NAMES[op], "CUDA", f"sm_{number}", COMPILED))
+        for op in (*cuda_cases.NAMES.values(), "TernaryMatMul"):
+            evidence(Evidence(op, "CUDA", f"sm_{number}", COMPILED))
     with pytest.raises(ValueError, match="not machine code"):
         compiled_kernels.cubin_architecture(b"\x7fELF" + bytes(60))
 

@@ -4,9 +4,9 @@ import ctypes
 
 import numpy as np
 import pytest
-from cuda_cases import OPS
+from cuda_cases import NAMES, OPS
 from emulated_kernels import EmulatedKernels
-from evidence import EMULATED, OP_NAMES, Evidence, Record
+from evidence import EMULATED, Evidence, Record
 from quantize_cases import Quantize
 from sparse_matmul_cases import SparseMatMul, integer_weights
 from sparse_ternary_cases import SparseTernary
@@ -25,7 +25,7 @@ def test_cases(emulated: EmulatedKernels, op: str, evidence: Record) -> None:
     for count, case in enumerate(cases(np.random.default_rng(1)), 1):
         share = max(share, emulated.check(case, MULTIPROCESSORS[count % 3], ORDERS[count // 3 % 4]))
     assert count >= least
-    evidence(Evidence(OP_NAMES.get(op, op), "CUDA", "any", EMULATED, "blocks and threads on the CPU", share))
+    evidence(Evidence(NAMES[op], "CUDA", "any", EMULATED, "blocks and threads on the CPU", share))
 
 
 @pytest.mark.parametrize(("rows", "dtype"), [(2, np.float32), (33, np.float32), (9, np.float16)])

@@ -4,14 +4,18 @@ import dataclasses
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx_ir
 import pytest
 import stand_in
 from counting_models import BITNET, QSPARSE, trained
 from emulated_kernels import build_emulated_ort
+from evidence import LAUNCHED, WHOLE_MODELS, Evidence, Record
 
 import qsparse_export as qs
+from qsparse_export.bench.launches import OWN, launches
 from qsparse_export.bundle import Bundle
 from qsparse_export.generate import Generator, greedy
 from qsparse_export.runtimes.ort.runtime import OrtRuntime
@@ -34,6 +38,8 @@ FUSED = {"QuickGelu"}
 """What ONNX Runtime makes of Sigmoid and Mul."""
 
 
+IN_LIBRARIES = {"Gemm", "MatMul", "ReduceMax"}
+"""What the provider has cuBLAS or cuDNN compute."""
 WARM_UPS = 2
 """Runs of ONNX Runtime 1.31 before it captures, all within the first call."""
 
@@ -50,7 +56,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_node_and_no_copy_is_left_to_the_cpu(name: str, exported: Callable[[str], Bundle]) -> None:
+def test_no_node_and_no_copy_is_left_to_the_cpu(name: str, exported: Callable[[str], Bundle], evidence: Record) -> None:
     made, (_, _, calls) = exported(name), CASES[name]
     report = stand_in.run(made.path, build_emulated_ort(with_cpu_ops=True))
     ran = report["placed"]
@@ -61,14 +67,30 @@ def test_no_node_and_no_copy_is_left_to_the_cpu(name: str, exported: Callable[[s
     on_gpu = made.manifest["placement"]["gpu"]
     assert set(ran[GPU]) <= {op.rpartition(":")[2] for op in on_gpu} | FUSED, "as the manifest says"
     assert set(calls) | {"GroupQueryAttention", "RMSNormalization", "RotaryEmbedding"} <= set(ran[GPU])
+    evidence(Evidence(WHOLE_MODELS, "ONNX Runtime, CUDA kernels", "any", LAUNCHED, "stand-in for CUDA"))
+
+
+@pytest.fixture(scope="module")
+def captured(exported: Callable[[str], Bundle]) -> Callable[[str], list[dict[str, Any]]]:
+    return cache(lambda name: stand_in.captured(exported(name).path, build_emulated_ort(with_cpu_ops=True)))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_can_be_captured(name: str, exported: Callable[[str], Bundle]) -> None:
+def test_the_roofline_counts_what_is_launched(name: str, exported: Callable, captured: Callable) -> None:
+    """Every kernel of ours and of the provider; those inside cuBLAS and cuDNN the stand-in does not see."""
+    counted = launches(onnx_ir.load(exported(name).path / "model.onnx").graph)
+    found = captured(name)[0]
+    assert found["own kernels"] == sum(kernels for op, kernels in counted.items() if op in OWN)
+    in_sight = {op: kernels for op, kernels in counted.items() if op not in OWN and op not in IN_LIBRARIES}
+    assert found["provider's kernels"] == sum(in_sight.values()), in_sight
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_can_be_captured(name: str, captured: Callable[[str], list[dict[str, Any]]]) -> None:
     """With fixed shapes and addresses: after the first run each is one launch of a graph that holds every kernel. Runs that
     are left out, as prompts are, launch their kernels themselves, before and after.
     """
-    runs = stand_in.captured(exported(name).path, build_emulated_ort(with_cpu_ops=True))
+    runs = captured(name)
     left_out, first, second, left_out_again, third = runs
     _, _, calls = CASES[name]
     assert not any(run["problem"] for run in runs), "what may not be called while a stream captures"

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from emulated_kernels import build_emulated_ort
+from evidence import EMULATED, Evidence, Record
 from onnx import TensorProto, helper
 from sparse_matmul_cases import SparseMatMul, integer_weights
 from sparse_ternary_cases import SparseTernary
@@ -54,7 +55,7 @@ def calls(library: Path) -> dict[str, dict[str, int]]:
 
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("m", (0, 1, 3, 33))
-def test_ops(library: Path, dtype: type, m: int) -> None:
+def test_ops(library: Path, dtype: type, m: int, evidence: Record) -> None:
     rng = np.random.default_rng(m)
     x = rng.standard_normal((m, 70)).astype(dtype)
     before = calls(library)
@@ -70,7 +71,7 @@ def test_ops(library: Path, dtype: type, m: int) -> None:
 
     dense = SparseTernary(x, matrices[:1], 70)
     constants = [constant("w", dense.packed()), constant("scale", dense.scales)]
-    dense.check(run(library, "TernaryMatMul", x, constants, n=130))
+    share = dense.check(run(library, "TernaryMatMul", x, constants, n=130))
 
     for bits, kind in ((4, TensorProto.INT4), (8, TensorProto.INT8)):
         weights = integer_weights(rng, (65, 1), 70, bits, 32)
@@ -81,6 +82,7 @@ def test_ops(library: Path, dtype: type, m: int) -> None:
 
     ran = {op: counts["cuda"] - before.get(op, {}).get("cuda", 0) for op, counts in calls(library).items()}
     assert ran == {"TopKSparsify": 1, "SparseTernaryMatMul": 1, "TernaryMatMul": 1, "SparseMatMulNBits": 2}
+    evidence(Evidence("TernaryMatMul", "CUDA", "any", EMULATED, "blocks and threads on the CPU", share))
 
 
 def test_ops_of_both_providers_are_one_domain() -> None:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qsparse_export.runtimes.tvm.codegen import is_gpu, lanes_of
+from qsparse_export.targets.target import load_target, target_names
+
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "samples" / "06_report_backends" / "report_backends.py"
 TESTS = """
@@ -26,6 +29,19 @@ def test_twice(record_property):
 
 def test_compiled(record_property):
     say(record_property, code="sm_80", how="compiled", error_share=None)
+
+def test_target(record_property):
+    say(record_property, op="SparseMatMul", code="neondot", how="emulated", by="qemu")
+    say(record_property, op="GatedActivation", code="avx512vnni")
+    say(record_property, op="GatedActivation", code="avx512vnni", how="emulated", by="SIMDe")
+    say(record_property, op="GatedActivation", backend="TVM", code="avx512vnni")
+    for code in ("sm_80", "sm_87"):
+        say(record_property, op="AddRmsNorm", backend="CUDA", code=code, how="compiled", error_share=None)
+    say(record_property, op="AddRmsNorm", backend="CUDA", code="any", how="emulated")
+    models = {"op": "whole models", "error_share": None}
+    say(record_property, **models, backend="ONNX Runtime, C++ kernels", code="aarch64 neondot", how="emulated", by="qemu")
+    say(record_property, **models, backend="ONNX Runtime, function bodies", code="Node")
+    say(record_property, **models, backend="ONNX Runtime, CUDA kernels", code="any", how="launched")
 
 def test_failed(record_property):
     say(record_property, op="Broken")
@@ -69,11 +85,73 @@ def test_only_what_passed_is_on_the_page(files, tmp_path):
     assert not [line for line in lines if "Broken" in line or "Skipped" in line]
 
 
-def test_a_page_that_falls_behind_is_noticed(files, tmp_path):
+def cells(page, target, runtime):
+    """Of the table of targets, by column."""
+    table = [line for line in page.splitlines() if line.count("|") == 15]
+    header, row = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (table[0], next(line for line in table if line.startswith(f"| {target} | {runtime} |")))
+    )
+    return {name: cell for name, cell in zip(header, row, strict=True) if cell}
+
+
+def test_targets(files):
+    page = run(*files).stdout
+    pi = {"target": "raspberry-pi-5", "runtime": "ort", "code": "neondot", "whole models": "E"}
+    assert cells(page, "raspberry-pi-5", "ort") == pi | {"SparseMatMul": "E"}
+    assert cells(page, "raspberry-pi-5", "tvm") == {"target": "raspberry-pi-5", "runtime": "tvm", "code": "neondot"}
+    this = {"target": "cpu", "runtime": "ort", "code": "avx2", "TopKSparsify": "X"}
+    assert cells(page, "cpu", "ort") == this
+    assert cells(page, "cuda-sm80", "ort")["AddRmsNorm"] == "EC"
+    assert cells(page, "cuda-sm90", "ort")["AddRmsNorm"] == "E"
+    assert cells(page, "cuda", "ort")["AddRmsNorm"] == "E", "not compiled for all of them"
+    assert cells(page, "cuda", "ort")["whole models"] == "L"
+    node = cells(page, "node", "ort")
+    assert node["whole models"] == "X" and node["CachedAttention"] == "B"
+    assert "CachedAttention" not in cells(page, "web", "ort")
+
+
+def test_every_target_and_runtime_has_a_row_for_code_that_there_is(files):
+    """What the package itself says of its targets."""
+    page = run(*files).stdout
+    for name in target_names():
+        target = load_target(name)
+        for runtime in {"ort", "tvm"} & set(target.runtimes):
+            code = cells(page, name, runtime)["code"]
+            if runtime == "tvm" and not is_gpu(target) and name != "cpu":
+                assert code == lanes_of(target).name
+
+
+def test_a_page_of_other_tests_is_noticed(files, tmp_path):
     report, bench = files
-    run(report, bench, "-o", tmp_path / "old.md")
-    assert run(report, bench, "--check", tmp_path / "old.md").returncode == 0
-    more = (tmp_path / "old.md").read_text().replace("| Head |", "| Tail | C++ | avx2 | executed |  |\n| Head |")
-    (tmp_path / "old.md").write_text(more)
-    done = run(report, bench, "--check", tmp_path / "old.md")
-    assert done.returncode == 1 and "no longer shown: Tail C++ avx2" in done.stderr
+    page = tmp_path / "old.md"
+    run(report, bench, "-o", page)
+    assert run(report, "--check", page).returncode == 0, "times are not compared"
+    text = page.read_text()
+    page.write_text(text.replace("| Head |", "| Tail | C++ | avx2 | executed |  |\n| Head |"))
+    done = run(report, "--check", page)
+    assert done.returncode == 1 and "no longer shown: Tail | C++ | avx2 | executed" in done.stderr
+    page.write_text(text.replace("executed; emulated (qemu) | 50% |", "executed; emulated (qemu) | 51% |"))
+    assert run(report, "--check", page).returncode == 0, "an error may differ"
+    page.write_text(text.replace("executed; emulated (qemu) |", "emulated (qemu) |"))
+    done = run(report, "--check", page)
+    assert done.returncode == 1 and "not on the page: Head | C++ | avx2 | executed; emulated (qemu)" in done.stderr
+    page.write_text(text.replace("| cpu | ort | avx2 | X |", "| cpu | ort | avx2 |  |"))
+    assert run(report, "--check", page).returncode == 1
+
+
+def test_what_only_some_processors_execute_is_not_compared(files, tmp_path):
+    report, _ = files
+    page = tmp_path / "old.md"
+    run(report, "-o", page)
+    text = page.read_text()
+    without = text.replace("executed; emulated (SIMDe)", "emulated (SIMDe)")
+    without = without.replace("| GatedActivation | TVM | avx512vnni | executed | the reference's bits |\n", "")
+    assert without.count("avx512vnni") == text.count("avx512vnni") - 1
+    page.write_text(without)
+    assert run(report, "--check", page).returncode == 0
+    page.write_text(text.replace("executed; emulated (SIMDe)", "executed"))
+    done = run(report, "--check", page)
+    assert (
+        done.returncode == 1 and "not on the page: GatedActivation | C++ | avx512vnni | emulated (SIMDe)" in done.stderr
+    )

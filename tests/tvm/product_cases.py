@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import dense_matmul_cases
@@ -10,8 +10,10 @@ import numpy as np
 import sparse_matmul_cases
 import sparse_ternary_cases
 from dense_matmul_cases import DenseMatMul
+from kernel_inputs import KINDS, magnitudes
 from sparse_matmul_cases import SparseMatMul
 from sparse_ternary_cases import SparseTernary
+from ternary_cases import ternary_weights
 
 from qsparse_export.formats import nbits
 from qsparse_export.runtimes.tvm.kernels.dense_matmul_nbits import dense_matmul_nbits
@@ -45,10 +47,12 @@ def kernel_of(case: Product, tiling: Tiling = DEFAULT) -> tuple[Callable[..., An
     return sparse_matmul_nbits, {**selection, "n": weights.outputs, **format_}
 
 
-def op_name(case: Product) -> str:
-    """The ONNX op."""
+def op_names(cases: Sequence[Product]) -> str:
+    """The ONNX ops, of which TernaryMatMul is SparseTernaryMatMul with one matrix and nothing selected."""
     names = {SparseTernary: "SparseTernaryMatMul", SparseMatMul: "SparseMatMulNBits", DenseMatMul: "DenseMatMulNBits"}
-    return names[type(case)]
+    ternary = [case for case in cases if isinstance(case, SparseTernary)]
+    dense = [case for case in ternary if len(case.matrices) == 1 and case.k == case.x.shape[1] and not case.rescale]
+    return ", ".join([*dict.fromkeys(names[type(case)] for case in cases), *(["TernaryMatMul"] if dense else [])])
 
 
 def tensors_of(case: Product) -> tuple[tuple[np.ndarray, ...], tuple[int, int]]:
@@ -65,6 +69,17 @@ def ternary_cases() -> list[SparseTernary]:
     """Those in float32. Without rescaled rows: a norm rounded otherwise is allowed, and changes the last bits."""
     cases = sparse_ternary_cases.cases(np.random.default_rng(1))
     return [case for case in cases if case.x.dtype == np.float32 and not case.rescale and case.matrices]
+
+
+def dense_ternary_cases() -> list[SparseTernary]:
+    """One matrix and every channel: TernaryMatMul."""
+    rng = np.random.default_rng(4)
+    return [
+        SparseTernary(magnitudes(rng, rows, width, kind), (ternary_weights(rng, outputs, width, "normal"),), width)
+        for kind in KINDS
+        for width, outputs in ((1, 1), (33, 128), (130, 200), (257, 513))
+        for rows in (1, 9)
+    ]
 
 
 def nbits_cases() -> list[SparseMatMul]:

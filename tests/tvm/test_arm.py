@@ -5,7 +5,7 @@ import signal
 import pytest
 from emulated_host import HostCall, build_host, build_library, results, run
 from evidence import EMULATED, Evidence
-from product_cases import head_cases, kernel_of, nbits_cases, op_name, tensors_of, ternary_cases
+from product_cases import dense_ternary_cases, head_cases, kernel_of, nbits_cases, op_names, tensors_of, ternary_cases
 
 from qsparse_export.runtimes.tvm.lanes import NEON, NEON_DOT
 
@@ -27,7 +27,7 @@ def host_calls(cases, lanes):
     return calls
 
 
-@pytest.mark.parametrize("cases", [ternary_cases, nbits_cases, head_cases])
+@pytest.mark.parametrize("cases", [ternary_cases, dense_ternary_cases, nbits_cases, head_cases])
 @pytest.mark.parametrize(
     ("lanes", "features", "cpu"), [(NEON, ["neon"], "cortex-a53"), (NEON_DOT, ["neon", "dotprod"], "cortex-a76")]
 )
@@ -38,7 +38,7 @@ def test_cases_of_the_kernels(host, lanes, features, cpu, cases, tmp_path, evide
     done = run(host, build_library(calls, features, tmp_path), calls, cpu, tmp_path)
     assert done.returncode == 0, done.stderr
     share = max(case.check(y) for case, y in zip(found, results(calls, tmp_path), strict=True))
-    evidence(Evidence(op_name(found[0]), "TVM", lanes.name, EMULATED, f"qemu {cpu}", share))
+    evidence(Evidence(op_names(found), "TVM", lanes.name, EMULATED, f"qemu {cpu}", share))
 
 
 def test_a_processor_without_the_dot_product_refuses_it(host, tmp_path):

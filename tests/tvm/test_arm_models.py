@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import tvm_ffi.libinfo
 from emulated_host import COMPILER, SYSROOT, tensor_bytes, tool
+from evidence import EMULATED, WHOLE_MODELS, Evidence, share_within
 from test_export import CONFIGS, decoder
 from wheels import ARM, file_of_wheel
 
@@ -19,6 +20,7 @@ from qsparse_export.runtimes.tvm.environment import VERSIONS
 from qsparse_export.runtimes.tvm.runtime import GRAPH, MODULE, WEIGHTS
 from qsparse_export.runtimes.tvm.session import Program
 
+LANES = {"cortex-a53": "neon", "cortex-a76": "neondot"}
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "arm"
 LIBRARIES = {"apache-tvm": "tvm/lib/libtvm_runtime.so", "apache-tvm-ffi": "tvm_ffi/lib/libtvm_ffi.so"}
 """The runtime alone: the compiler, 80 times as large, stays in the wheel."""
@@ -76,7 +78,7 @@ def arguments_of(program, feeds, folder):
     ("target", "cpu", "name", "weights"),
     [("arm64", "cortex-a53", "qwen2", "int4"), ("raspberry-pi-5", "cortex-a76", "bitnet", "keep")],
 )
-def test_a_decode_step_agrees_with_onnx_runtime_here(host, tmp_path, target, cpu, name, weights):
+def test_a_decode_step_agrees_with_onnx_runtime_here(host, tmp_path, target, cpu, name, weights, evidence):
     config, folder = CONFIGS[name], tmp_path / "bundle"
     qs.export(decoder(config), target=target, runtime="tvm", weights=weights, out=folder, verify="none")
     program = Program.of(onnx.load(folder / GRAPH, load_external_data=False), folder)
@@ -98,7 +100,8 @@ def test_a_decode_step_agrees_with_onnx_runtime_here(host, tmp_path, target, cpu
     ends = np.cumsum([expected[output].size for output in program.output_names])
     for output, got in zip(program.output_names, np.split(values, ends[:-1]), strict=True):
         wanted = expected[output].ravel()
-        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max(), err_msg=output)
+        share = share_within(got, wanted, 1e-3, 1e-4 * np.abs(wanted).max(), output)
+        evidence(Evidence(WHOLE_MODELS, "TVM", f"aarch64 {LANES[cpu]}", EMULATED, f"qemu {cpu}", share))
 
 
 def test_an_older_processor_refuses_the_dot_product(host, tmp_path):

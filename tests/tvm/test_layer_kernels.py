@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tvm
+from evidence import EXECUTED, STANDARD_HEAD, STANDARD_NORM, Evidence, largest_share, share_within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prim_func_calls import LANES, call, compiled
@@ -29,7 +30,7 @@ SIZES = (1, 8, 33)
 @every_lanes
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_norms(lanes, n, rows):
+def test_norms(lanes, n, rows, evidence):
     rng = np.random.default_rng(n)
     x, residual = rng.standard_normal((2, rows, n)).astype(np.float32)
     weight = rng.standard_normal(n).astype(np.float32)
@@ -45,7 +46,8 @@ def test_norms(lanes, n, rows):
     rtol = (n / 2 + 4) * EPS
     np.testing.assert_allclose(tensors[1].numpy(), y, rtol=rtol)
     plain = call(compiled(rms_norm, lanes, n=n, epsilon=1e-5), (total, weight), (rows, n))
-    np.testing.assert_allclose(plain, y, rtol=rtol)
+    share = share_within(plain, y, rtol)
+    evidence(Evidence(STANDARD_NORM, "TVM", lanes.name, EXECUTED, error_share=share))
 
 
 @every_lanes
@@ -127,7 +129,7 @@ def test_any_row_keeps_what_the_reference_keeps(lanes, seed, k, block):
 @every_lanes
 @pytest.mark.parametrize("outputs", [1, TILE - 1, TILE, TILE + 1, 3 * TILE + 37])
 @pytest.mark.parametrize(("k_in", "k", "block"), [(1, 1, 0), (37, 10, 0), (37, 37, 0), (64, 16, 32), (64, 0, 0)])
-def test_sparse_matmul(lanes, outputs, k_in, k, block):
+def test_sparse_matmul(lanes, outputs, k_in, k, block, evidence):
     rng = np.random.default_rng(outputs)
     x = rows_with_ties(rng, k_in)
     w = (rng.standard_normal((k_in, outputs)) + 3).astype(np.float32)  # no 0: inf * 0 is NaN
@@ -137,17 +139,19 @@ def test_sparse_matmul(lanes, outputs, k_in, k, block):
     got = call(kernel, (x, w), expected.shape)
     np.testing.assert_array_equal(np.isfinite(got), np.isfinite(expected))
     finite = np.isfinite(expected)
-    assert (np.abs(got[finite] - expected[finite]) <= bound[finite]).all()
+    share = largest_share(np.abs(got[finite] - expected[finite]), bound[finite])
     np.testing.assert_array_equal(got[~finite], expected[~finite])
+    evidence(Evidence("SparseMatMul", "TVM", lanes.name, EXECUTED, error_share=share))
 
 
 @every_lanes
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 130])
 @pytest.mark.parametrize("k_in", [1, 8, 37])
 @pytest.mark.parametrize("rows", [0, 1, 3])
-def test_dense_matmul(lanes, n, k_in, rows):
+def test_dense_matmul(lanes, n, k_in, rows, evidence):
     rng = np.random.default_rng(n)
     x, w = rng.standard_normal((rows, k_in)).astype(np.float32), rng.standard_normal((n, k_in)).astype(np.float32)
     y = call(compiled(dense_matmul, lanes, k_in=k_in, n=n), (x, w), (rows, n))
     bound = (k_in + 4) * EPS * (np.abs(x) @ np.abs(w).T)
-    assert (np.abs(y - x.astype(np.float64) @ w.astype(np.float64).T) <= bound).all()
+    share = largest_share(np.abs(y - x.astype(np.float64) @ w.astype(np.float64).T), bound)
+    evidence(Evidence(STANDARD_HEAD, "TVM", lanes.name, EXECUTED, error_share=share))

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from evidence import EXECUTED, WHOLE_MODELS, Evidence
 from onnx import parser
 from test_export import CONFIGS, decoder
 
@@ -36,7 +37,7 @@ def bundles(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_are_verified_and_have_one_way_to_run(bundles, name):
+def test_models_are_verified_and_have_one_way_to_run(bundles, name, evidence):
     manifest = bundles(name).manifest
     (path,) = manifest["parity"]["paths"]
     assert path["path"] == "native"
@@ -47,6 +48,8 @@ def test_models_are_verified_and_have_one_way_to_run(bundles, name):
     assert path["native_calls"]["CachedAttention"].popitem()[1] == 32 * CONFIGS[name].layers
     assert manifest["library"]["apache-tvm"] == environment.VERSIONS["apache-tvm"]
     assert {GRAPH, WEIGHTS, MODULE} <= manifest["files"].keys()
+    share = path["relative_logit_error"] / manifest["parity"]["limit"]
+    evidence(Evidence(WHOLE_MODELS, "TVM", "x86-64", EXECUTED, error_share=share))
 
 
 @pytest.mark.parametrize("threads", [1, 2, None])

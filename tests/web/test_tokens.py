@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from evidence import EXECUTED, Evidence
+from evidence import EXECUTED, WHOLE_MODELS, Evidence
 from javascript import TESTS, browse, node, printed
 from web_cases import CASES
 
@@ -78,7 +78,7 @@ def test_same_greedy_tokens_as_pytorch(traces, by_pytorch, bundle, case, target,
     assert np.median(errors) <= limit, (np.median(errors), limit)
     code = {"node": "Node", "web": "Chromium"}[target]
     share = float(np.median(errors)) / limit
-    evidence(Evidence("whole models", "ONNX Runtime, function bodies", code, EXECUTED, error_share=share))
+    evidence(Evidence(WHOLE_MODELS, "ONNX Runtime, function bodies", code, EXECUTED, error_share=share))
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from evidence import EMULATED, EXECUTED, Evidence, Record
-from gpu_cases import Case
+from gpu_cases import Case, op_of
 from layer_cases import is_float16, layer_cases
 from software_device import SoftwareDevice
 
@@ -22,15 +22,19 @@ CASES = list(layer_cases(11))
 
 @pytest.mark.parametrize("case", [case for case in CASES if not is_float16(case)], ids=lambda case: case.label)
 def test_on_pocl(pocl: SoftwareDevice, case: Case, evidence: Record) -> None:
-    case.check(pocl.run(case.program, case.inputs))
-    evidence(Evidence(case.label.split()[0], "TVM GPU", "OpenCL", EXECUTED, "PoCL, on the CPU"))
+    share = case.check(pocl.run(case.program, case.inputs))
+    evidence(Evidence(op_of(case), "TVM GPU", "OpenCL", EXECUTED, "PoCL, on the CPU", share))
 
 
-@pytest.mark.parametrize("case", filter(is_float16, CASES), ids=lambda case: case.label)
+WITH_FLOAT16 = {op_of(case) for case in CASES if is_float16(case)}
+EMULATED_CASES = [case for case in CASES if is_float16(case) or op_of(case) not in WITH_FLOAT16]
+
+
+@pytest.mark.parametrize("case", EMULATED_CASES, ids=lambda case: case.label)
 def test_emulated_cuda(emulated_cuda: SoftwareDevice, case: Case, evidence: Record) -> None:
-    """Those in float32 are in the whole models of test_whole_models.py."""
-    case.check(emulated_cuda.run(case.program, case.inputs))
-    evidence(Evidence(case.label.split()[0], "TVM GPU", "CUDA source", EMULATED, "blocks and threads on the CPU"))
+    """Of an op that has cases in float16 those: in float32 it is in the whole models of test_whole_models.py."""
+    share = case.check(emulated_cuda.run(case.program, case.inputs))
+    evidence(Evidence(op_of(case), "TVM GPU", "CUDA source", EMULATED, "blocks and threads on the CPU", share))
 
 
 @pytest.mark.parametrize(
