@@ -31,7 +31,7 @@ from qsparse_export.runtimes.tvm.runtime import GRAPH, MODULE, TvmRuntime
 from qsparse_export.targets.target import load_target
 
 HERE = Path(__file__).parent
-MODELS = {"qwen2": "int4", "bitnet": "keep"}
+MODELS = {"qwen2": "int4", "bitnet": "keep", "moe": "keep", "bitnet-moe": "keep"}
 LENGTHS = [(1, 11, 0), (2, 5, 3), (2, 1, 70), (1, 1, 5)]
 """Batch, tokens and past: the first two are many rows, for which other kernels run."""
 FEW, MANY = r"(attention_slices|(ternary|nbits)_gemv\d*)", r"(attention_slices1|(ternary|nbits)_gemm\d*)"
