@@ -166,7 +166,10 @@ def _rewrite(graph: ir.Graph, expert: _Expert) -> None:
 
 
 class _Chosen:
-    """Which rows an expert was chosen for, in as many axes as it takes; names begin with ``prefix``, and nodes stand before ``first``."""
+    """Which rows an expert was chosen for, in as many axes as it takes.
+
+    Names begin with ``prefix``, and nodes stand before ``first``.
+    """
 
     def __init__(self, graph: ir.Graph, weight: ir.Value, prefix: str, first: ir.Node, scope: str | None) -> None:
         self._graph = graph
@@ -197,7 +200,9 @@ class _Chosen:
             assert self._weight.dtype is not None
             prefix, first = self._prefix, self._first
             if 1 not in self._by_rank:
-                is_zero = self._made("Equal", [self._weight, self._zero(self._weight.dtype)], f"{prefix}.is_zero", first)
+                is_zero = self._made(
+                    "Equal", [self._weight, self._zero(self._weight.dtype)], f"{prefix}.is_zero", first
+                )
                 self._by_rank[1] = self._made("Not", [is_zero], f"{prefix}.is_chosen", first)
             if rank > 1:
                 axes = self._constant(np.arange(1, rank, dtype=np.int64))
