@@ -9,6 +9,7 @@ import onnx_ir as ir
 from qsparse_export.passes.fuse_topk_around import new_mask
 from qsparse_export.passes.fuse_topk_masks import is_filled_with, last_axis, produced_by, same_shape, topk_of_indices
 from qsparse_export.passes.match import replaced
+from qsparse_export.passes.original_choices import UNFOLLOWED
 from qsparse_export.passes.static_values import elements
 
 
@@ -56,6 +57,7 @@ def match_router(node: ir.Node) -> Router | None:
 def rewrite_router(graph: ir.Graph, router: Router) -> None:
     """Puts TopKSparsify in its place, and the division behind it."""
     mask = new_mask(router.chances, router.k, 0, "none", router.scatter)
+    mask.metadata_props[UNFOLLOWED] = router.scatter.op_type
     graph.insert_before(router.scatter, mask)
     result = mask.outputs[0]
     if router.total is not None:

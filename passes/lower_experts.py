@@ -14,6 +14,7 @@ from qsparse_export.passes.annotate_scope import SCOPE
 from qsparse_export.passes.base import Pass, PassResult
 from qsparse_export.passes.expert_router import match_router, rewrite_router
 from qsparse_export.passes.match import STANDARD, is_op, replaced
+from qsparse_export.passes.original_choices import ROWS
 from qsparse_export.passes.row_wise import Region, rank_of, region_of
 
 
@@ -155,9 +156,12 @@ def _rewrite(graph: ir.Graph, expert: _Expert) -> None:
         # A weight is zero where it was not chosen.
         rows = start.outputs[0]
         rows.replace_all_uses_with(source if source is weight else chosen.selected(source, f"{rows.name}.all", start))
-    for value in (value for node in expert.region.nodes for value in node.outputs):
-        if value.shape is not None and weight.shape is not None:
-            value.shape = ir.Shape([weight.shape[0], *value.shape[1:]])
+    for node in expert.region.nodes:
+        if node.domain == DOMAIN:
+            node.metadata_props[ROWS] = str(chosen.rows(2).name)
+        for value in node.outputs:
+            if value.shape is not None and weight.shape is not None:
+                value.shape = ir.Shape([weight.shape[0], *value.shape[1:]])
     selected = chosen.selected(updates, f"{updates.name}.all", scatter)
     added = ir.node("Add", [data, selected], metadata_props=chosen.metadata)
     graph.insert_before(scatter, added)
@@ -189,12 +193,12 @@ class _Chosen:
         """``value`` in the chosen rows, and 0 in the others; the node stands before ``before``."""
         rank, dtype, shape = rank_of(value), value.dtype, value.shape
         assert rank is not None and dtype is not None and shape is not None and self._weight.shape is not None
-        result = self._made("Where", [self._rows(rank), value, self._zero(dtype)], name, before)
+        result = self._made("Where", [self.rows(rank), value, self._zero(dtype)], name, before)
         result.type = ir.TensorType(dtype)
         result.shape = ir.Shape([self._weight.shape[0], *shape[1:]])
         return result
 
-    def _rows(self, rank: int) -> ir.Value:
+    def rows(self, rank: int) -> ir.Value:
         """bool [tokens, 1, ...]; NaN is not zero, as NonZero has it."""
         if rank not in self._by_rank:
             assert self._weight.dtype is not None
