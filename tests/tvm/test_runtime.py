@@ -53,9 +53,7 @@ def test_models_are_verified_and_have_one_way_to_run(bundles, name):
 def test_experts_need_no_python_where_the_pass_lowers_them(bundles, tmp_path, name):
     """A program without Python has TVM's runtime, and not the NumPy function that this registers for NonZero."""
     passes = "default,+infer-shapes@attach-bodies,+lower-experts@attach-bodies"
-    lowered = qs.export(
-        decoder(CONFIGS[name]), out=tmp_path / "bundle", runtime="tvm", pipeline=passes, verify="quick"
-    )
+    lowered = qs.export(decoder(CONFIGS[name]), out=tmp_path / "bundle", runtime="tvm", pipeline=passes, verify="quick")
     (path,) = lowered.manifest["parity"]["paths"]
     assert path["relative_logit_error"] <= lowered.manifest["parity"]["limit"]
     assert path["greedy_agreement"] == 1.0
