@@ -10,9 +10,11 @@ from graph_text import graph_of, kinds, run, spelled
 
 from qsparse_export.config import ModelConfig, MoE, SparsityRule, TopK
 from qsparse_export.exporter import decoder_graph
+from qsparse_export.guided import choice_taps
 from qsparse_export.nn.decoder import Decoder
 from qsparse_export.passes.base import parse_pipeline
 from qsparse_export.passes.lower_experts import LowerExperts, explain
+from qsparse_export.passes.lower_inline_bodies import InlineBodies
 from qsparse_export.passes.pipelines import DEFAULT, FUSE_NATIVE, foreign_pipeline_for, pipeline_for
 from qsparse_export.weights import StateDict
 
@@ -164,6 +166,21 @@ def test_twice_changes_nothing():
     made = lowered(graph())
     before = spelled(made)
     assert not LowerExperts()(made).modified and spelled(made) == before
+
+
+def test_verification_follows_the_experts_in_their_rows_and_not_the_router():
+    made = lowered(graph())
+    taps = choice_taps(made)
+    assert [(tap.op, tap.value, tap.rows) for tap in taps] == [
+        ("TopKSparsify", f"g{e}", f"y{e + 1}.is_chosen.2") for e in range(EXPERTS)
+    ]
+    values = {
+        "g0": np.arange(40, dtype=np.float32).reshape(4, 10),
+        "y1.is_chosen.2": np.array([[1], [0], [0], [1]], bool),
+    }
+    np.testing.assert_array_equal(taps[0].choice_in(values), taps[0].choice(values["g0"][[0, 3]]))
+    assert InlineBodies()(made).modified
+    assert choice_taps(made) == taps
 
 
 def left_alone(made: ir.Model, expert: int = 0) -> str:
