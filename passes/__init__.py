@@ -27,6 +27,7 @@ PASSES: dict[str, str] = {
     "inline-bodies": "lower_inline_bodies:InlineBodies",
     "inline-functions": "clean_inline_functions:InlineFunctions",
     "last-logits": "lower_last_logits:LastLogits",
+    "lower-experts": "lower_experts:LowerExperts",
     "lower-nbits": "lower_nbits:LowerNBits",
     "pack-tied": "pack_tied:PackTied",
     "sort-nodes": "clean_sort_nodes:SortNodes",

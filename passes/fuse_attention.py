@@ -8,12 +8,11 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from qsparse_export.ops.base import DOMAIN, VERSION
 from qsparse_export.ops.cached_attention import SHARED_CACHE
 from qsparse_export.passes.annotate_scope import SCOPE
 from qsparse_export.passes.base import Pass, PassResult
 from qsparse_export.passes.match import drop_unused, is_op, replaced, sole_reader
-
-DOMAIN = "ai.qsparse"
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class FuseAttention(Pass):
             match = match_attention(node)
             if isinstance(match, AttentionMatch):
                 _rewrite(model.graph, match)
+                model.opset_imports[DOMAIN] = VERSION
                 modified = True
         if all_caches_have_room(model.graph) and model.metadata_props.get(SHARED_CACHE) != "true":
             model.metadata_props[SHARED_CACHE] = "true"

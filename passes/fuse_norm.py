@@ -7,11 +7,10 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from qsparse_export.ops.base import DOMAIN, VERSION
 from qsparse_export.passes.annotate_scope import SCOPE
 from qsparse_export.passes.base import Pass, PassResult
 from qsparse_export.passes.match import is_op, replaced, same_shape
-
-DOMAIN = "ai.qsparse"
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class FuseNorm(Pass):
             match = _match(node)
             if isinstance(match, _Match):
                 _rewrite(model.graph, match)
+                model.opset_imports[DOMAIN] = VERSION
                 modified = True
         return PassResult(model, modified)
 

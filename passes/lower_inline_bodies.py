@@ -12,6 +12,7 @@ from onnx_ir.passes.common import InlinePass
 from qsparse_export.errors import UsageError
 from qsparse_export.passes.annotate_scope import SCOPE
 from qsparse_export.passes.base import Pass, PassResult
+from qsparse_export.passes.original_choices import ROWS, UNFOLLOWED
 from qsparse_export.passes.ternary_nbits import lower_to_nbits
 
 DOMAIN = "ai.qsparse"
@@ -54,7 +55,7 @@ class InlineBodies(Pass):
         ours = [node for node in model.graph.all_nodes() if node.domain == DOMAIN]
         if not ours:
             return PassResult(model, False)
-        choices = [_choice(node) for node in model.graph if node.domain == DOMAIN]
+        choices = [_choice(node) for node in _followed(model)]
         if self.ternary == "nbits":
             lower_to_nbits(model)
         else:
@@ -86,22 +87,27 @@ def _choice(node: ir.Node) -> dict[str, object]:
         "input": x.name,
         "width": width if isinstance(width, int) else None,
         "output": y.name,
-        "scope": node.metadata_props.get(SCOPE, ""),
+        "metadata": {key: node.metadata_props[key] for key in (SCOPE, ROWS) if key in node.metadata_props},
     }
 
 
 def choosing_nodes(model: ir.Model) -> list[ir.Node]:
-    """The ops of ours in ``model``, or stand-ins for those that were inlined."""
+    """The ops of ours in ``model`` whose choices are followed, or stand-ins for those that were inlined."""
     if CHOICES not in model.metadata_props:
-        return [node for node in model.graph if node.domain == DOMAIN]
+        return _followed(model)
     nodes = []
     for choice in json.loads(model.metadata_props[CHOICES]):
         x = ir.Value(name=choice["input"], shape=ir.Shape(["rows", choice["width"]]))
-        scope = {SCOPE: choice["scope"]} if choice["scope"] else None
-        node = ir.node(choice["op"], [x], attributes=choice["attributes"], domain=DOMAIN, metadata_props=scope)
+        node = ir.node(
+            choice["op"], [x], attributes=choice["attributes"], domain=DOMAIN, metadata_props=choice["metadata"]
+        )
         node.outputs[0].name = choice["output"]
         nodes.append(node)
     return nodes
+
+
+def _followed(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if node.domain == DOMAIN and UNFOLLOWED not in node.metadata_props]
 
 
 def _restore_scopes(graph: ir.Graph, scopes: dict[str, str]) -> None:

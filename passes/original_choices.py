@@ -13,6 +13,11 @@ import onnx_ir as ir
 ORIGINAL = "ai.qsparse.original"
 """Key of a node's metadata: a JSON list with one entry for each op that the node stands for, in their order."""
 
+ROWS = "ai.qsparse.rows"
+"""Key of a node's metadata: the bool value [tokens, 1] of the graph that is true in the rows which the node had alone before."""
+UNFOLLOWED = "ai.qsparse.unfollowed"
+"""Key of a node's metadata: the op stands for standard ones, whose choice nobody follows."""
+
 
 @dataclass(frozen=True)
 class MaskChoice:

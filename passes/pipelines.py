@@ -55,6 +55,11 @@ LOWER_PROVIDER = {
 }
 """As FUSE_PROVIDER."""
 
+LOWER_LACKING = {
+    "infer-shapes,lower-experts": "NonZero",  # after FUSE, and before attach-bodies: it makes a TopKSparsify
+}
+"""Passes that lower a standard op, for runtimes that lack it on a device."""
+
 LOWER = (
     "attach-bodies",  # the portable fallback and the specification of every custom op
     "infer-shapes",  # after the last rewrite, so that every value of the file carries its shape
@@ -68,22 +73,30 @@ def pipeline_for(
     native_ops: Collection[str],
     *,
     provider_ops: Collection[str] = (),
+    lacking_ops: Collection[str] = (),
     narrow: bool = False,
     last_logits: bool = False,
 ) -> str:
     """The spec string for a runtime that has kernels for ``native_ops``; none of them for a portable bundle.
 
-    ``provider_ops``: what the runtime itself runs on a device that is no CPU. ``narrow``: float16 instead of float32.
+    ``provider_ops``: what the runtime itself runs on a device that is no CPU. ``lacking_ops``: standard ops that nothing runs
+    there. ``narrow``: float16 instead of float32.
     ``last_logits``: logits of the last position alone.
     """
     last = LAST if last_logits else ()
-    lower = _provided(LOWER_PROVIDER, native_ops, provider_ops) + LOWER
+    lower = _provided(LOWER_PROVIDER, native_ops, provider_ops) + _lacking(lacking_ops) + LOWER
     return ",".join(CLEAN + (NARROW if narrow else ()) + _fuse(native_ops, provider_ops) + last + lower)
 
 
-def foreign_pipeline_for(native_ops: Collection[str], *, provider_ops: Collection[str] = ()) -> str:
+def foreign_pipeline_for(
+    native_ops: Collection[str], *, provider_ops: Collection[str] = (), lacking_ops: Collection[str] = ()
+) -> str:
     """The same for a graph that another exporter wrote."""
-    return ",".join(IMPORT + CLEAN + _fuse(native_ops, provider_ops) + LOWER)
+    return ",".join(IMPORT + CLEAN + _fuse(native_ops, provider_ops) + _lacking(lacking_ops) + LOWER)
+
+
+def _lacking(lacking_ops: Collection[str]) -> tuple[str, ...]:
+    return tuple(names for names, op in LOWER_LACKING.items() if op in lacking_ops)
 
 
 def _fuse(native_ops: Collection[str], provider_ops: Collection[str]) -> tuple[str, ...]:

@@ -281,7 +281,13 @@ def _lower(graph: ir.Model, target: Target, options: Options, *, narrow: bool = 
 
     native_ops = target.native_ops if target.runs_native(options.portable) else frozenset()
     last = options.logits == "last"
-    default = pipeline_for(native_ops, provider_ops=target.provider_ops, narrow=narrow, last_logits=last)
+    default = pipeline_for(
+        native_ops,
+        provider_ops=target.provider_ops,
+        lacking_ops=target.lacking_ops,
+        narrow=narrow,
+        last_logits=last,
+    )
     return lower(graph, options.pipeline, default, options.on_pass)
 
 

@@ -49,7 +49,7 @@ def export_onnx(
     tell("lower")
     native_ops = target.native_ops if target.runs_native(options.portable) else frozenset()
     try:
-        default = foreign_pipeline_for(native_ops, provider_ops=target.provider_ops)
+        default = foreign_pipeline_for(native_ops, provider_ops=target.provider_ops, lacking_ops=target.lacking_ops)
         lowered = lower(graph, options.pipeline, default, options.on_pass)
     except QSparseError:
         raise

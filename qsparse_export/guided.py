@@ -34,13 +34,25 @@ class Tap:
     """One op whose choices are read: the graph value that shows them, and the PyTorch module that it came from.
 
     ``selection`` (k, block, rescale) where the value is what a fused node selects from: its mask is made again, by the same
-    definition, from the value that the compiled model had.
+    definition, from the value that the compiled model had. ``rows`` where the op computes more rows than PyTorch's: the value
+    bool [tokens, 1] that is true in those.
     """
 
     op: str
     value: str
     scope: str
     selection: tuple[int, int, str] | None = None
+    rows: str | None = None
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The graph values that it reads."""
+        return (self.value,) if self.rows is None else (self.value, self.rows)
+
+    def choice_in(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """What the op chose for the rows that PyTorch has, by the ``values`` of the graph."""
+        shown = values[self.value]
+        return self.choice(shown if self.rows is None else shown[values[self.rows][:, 0]])
 
     def choice(self, values: np.ndarray) -> np.ndarray:
         """What the op chose, as a masked row, when the graph value was ``values``."""
@@ -72,16 +84,20 @@ def choice_taps(graph: ir.Model) -> tuple[Tap, ...]:
 def taps_of(node: ir.Node) -> list[Tap]:
     """The taps of one node of domain ``ai.qsparse``."""
     from qsparse_export.passes.annotate_scope import SCOPE
+    from qsparse_export.passes.original_choices import ROWS
 
     value = node.outputs[0] if node.op_type == "TopKSparsify" else node.inputs[0]
     assert value is not None and value.name is not None
     scope = node.metadata_props.get(SCOPE, node.name or "")
     if node.op_type in _PRODUCTS_OF_FUSED:
         return _fused_taps(node, value, scope)
-    return [] if node.op_type in _WITHOUT_CHOICES else [Tap(node.op_type, value.name, scope)]
+    rows = node.metadata_props.get(ROWS)
+    return [] if node.op_type in _WITHOUT_CHOICES else [Tap(node.op_type, value.name, scope, rows=rows)]
 
 
 def _fused_taps(node: ir.Node, value: ir.Value, scope: str) -> list[Tap]:
+    from qsparse_export.passes.original_choices import ROWS
+
     attributes = node.attributes
     assert value.name is not None and value.shape is not None
     k, block, rescale = (attributes["k"].as_int(), attributes["block"].as_int(), attributes["rescale"].as_string())
@@ -89,7 +105,8 @@ def _fused_taps(node: ir.Node, value: ir.Value, scope: str) -> list[Tap]:
     selection = (k, block, rescale) if is_masked else None
     product = _PRODUCTS_OF_FUSED[node.op_type]
     matrices = [product] * len(attributes["n"].as_ints()) if product is not None else []
-    return [Tap(op, value.name, scope, selection) for op in [*(["TopKSparsify"] if is_masked else []), *matrices]]
+    rows = node.metadata_props.get(ROWS)
+    return [Tap(op, value.name, scope, selection, rows) for op in [*(["TopKSparsify"] if is_masked else []), *matrices]]
 
 
 class Guide(TorchDispatchMode):

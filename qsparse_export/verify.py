@@ -178,7 +178,7 @@ def _trace(folder: Path, runtime: Runtime, graph: ir.Model, case: Case, count: i
 
     taps = choice_taps(graph)
     layer_values = layer_outputs(graph, case.config.layers)
-    names = tuple(dict.fromkeys((*(tap.value for tap in taps), *layer_values)))
+    names = tuple(dict.fromkeys((*(name for tap in taps for name in tap.values), *layer_values)))
     session = _Recorder(runtime.open(folder, threads=None, native=native, taps=names))
     steps: list[np.ndarray] = []
     tokens: list[int] = []
@@ -196,7 +196,7 @@ def _trace(folder: Path, runtime: Runtime, graph: ir.Model, case: Case, count: i
         ids=(*case.prompt, *tokens[:-1]),
         tokens=tuple(tokens),
         steps=tuple(steps),
-        choices=tuple((tap, tap.choice(joined[tap.value])) for tap in taps),
+        choices=tuple((tap, tap.choice_in(joined)) for tap in taps),
         layers=tuple(joined[name] for name in layer_values),
         native_calls=session.native_calls(),
     )

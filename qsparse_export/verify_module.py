@@ -60,7 +60,7 @@ def verify_module(
     judge = deploy(program.eager())
     taps = choice_taps(graph)
     given = {value.name for value in graph.graph.inputs}
-    names = tuple(dict.fromkeys(tap.value for tap in taps if tap.value not in given))
+    names = tuple(dict.fromkeys(name for tap in taps for name in tap.values if name not in given))
     noise, limit = 0.0, FLOOR["float32"]
     paths: list[ModulePathParity] = []
     for path in paths_of(runtime, level, native=native):
@@ -69,7 +69,7 @@ def verify_module(
         results = session.run(feeds)
         outputs = {name: session.to_numpy(value) for name, value in results.items()}
         got = [outputs[name] for name in session.output_names if name not in names]
-        choices = [(tap, tap.choice((feeds | outputs)[tap.value])) for tap in taps]
+        choices = [(tap, tap.choice_in(feeds | outputs)) for tap in taps]
 
         def guided(inputs: tuple[Any, ...], guide: Guide) -> list[np.ndarray]:
             with guide, torch.no_grad():

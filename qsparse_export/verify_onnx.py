@@ -71,7 +71,7 @@ def verify_onnx(
     by_choice = {id(choice): tap for tap, choice in pairs}
     taps = [by_choice[id(entry.choice)] for entry in judge.followed]
     feeds, as_it_is = _first_run(judge, onnx_ir.load(original).graph, given)
-    names = tuple(dict.fromkeys(tap.value for tap in taps if tap.value not in feeds))
+    names = tuple(dict.fromkeys(name for tap in taps for name in tap.values if name not in feeds))
     floor = FLOOR[_lowest_float(as_it_is.values())]
     noise, limit, free_error = 0.0, floor, 0.0
     paths: list[ModulePathParity] = []
@@ -148,7 +148,7 @@ def _guides(judge: Original, taps: Sequence[Tap], values: Mapping[str, np.ndarra
 
     guides = []
     for entry, tap in zip(judge.followed, taps, strict=True):
-        row = tap.choice(values[tap.value])
+        row = tap.choice_in(values)
         is_mask = isinstance(entry.choice, MaskChoice)
         guides.append(row != 0 if is_mask else rounded(torch.from_numpy(np.array(row))).numpy())
     return guides

@@ -31,7 +31,8 @@ class Target:
     runtime can load none, "missing" where it could but this version builds none. ``runtimes`` run there, best first;
     ``dtypes`` are the number formats that they compute, first the one for whoever asks for none. ``provider_ops`` are the ops
     that ONNX Runtime itself runs on a device that is no CPU (``domain::Name``, or ``Name`` of the standard domain); what is
-    in neither runs on the CPU beside it. ``threads`` is how many to use (0: all cores).
+    in neither runs on the CPU beside it. ``lacking_ops`` are standard ops that nothing runs there: a pass must lower them.
+    ``threads`` is how many to use (0: all cores).
 
     Sizes are in bytes, 0 where they differ from device to device: ``memory_bytes`` of the whole device or, with the
     feature cuda, of the GPU; ``largest_file_bytes`` that it can load; caches as one core sees them.
@@ -46,6 +47,7 @@ class Target:
     runtimes: tuple[str, ...]
     dtypes: tuple[str, ...]
     provider_ops: frozenset[str] = frozenset()
+    lacking_ops: frozenset[str] = frozenset()
     cores: int = 0
     threads: int = 0
     memory_bytes: int = 0
@@ -143,6 +145,8 @@ def _contradictions(target: Target) -> list[str]:
             f"provider_ops {'lists' if target.provider_ops else 'lists no'} ops {'without' if target.provider_ops else 'with'} "
             "the feature cuda: they are what ONNX Runtime runs on the GPU"
         )
+    if both := sorted(target.provider_ops & target.lacking_ops):
+        wrong.append(f"provider_ops and lacking_ops both list {', '.join(both)}: what is run there is not lacking")
     if target.cores and target.threads > target.cores:
         wrong.append(
             f"threads is {target.threads} on {target.cores} cores: more threads than cores wait for each other"

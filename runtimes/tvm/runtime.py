@@ -68,8 +68,12 @@ class TvmRuntime:
         linker(target.triple, host().triple)
 
     def with_ops(self, target: Target) -> Target:
-        """See :class:`qsparse_export.runtimes.base.Runtime`: all of ours, on a GPU too, and none of ONNX Runtime's."""
-        return replace(target, native_ops=op_sets()["cpu-kernels"], provider_ops=frozenset())
+        """See :class:`qsparse_export.runtimes.base.Runtime`: all of ours, on a GPU too, and none of ONNX Runtime's.
+
+        NonZero is a NumPy function in TVM's runtime, on the CPU.
+        """
+        lacking = frozenset({"NonZero"} if is_gpu(target) else ())
+        return replace(target, native_ops=op_sets()["cpu-kernels"], provider_ops=frozenset(), lacking_ops=lacking)
 
     def tuned(self, tuning: Tuning) -> TvmRuntime:
         """See :class:`qsparse_export.runtimes.base.Runtime`: the tilings of products are measured."""

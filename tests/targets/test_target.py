@@ -129,6 +129,7 @@ def test_own_file_is_a_target(board):
         ({"native_ops": "[]"}, "library is 'built' and native_ops lists no ops: an op runs natively exactly where"),
         ({"provider_ops": '"onnxruntime"'}, "provider_ops is 'onnxruntime'; did you mean onnxruntime-cuda"),
         ({"provider_ops": '["Add"]'}, "provider_ops lists ops without the feature cuda"),
+        ({"provider_ops": '["Add"]', "lacking_ops": '["Add"]'}, "provider_ops and lacking_ops both list Add"),
         ({"features": '["cuda"]'}, "provider_ops lists no ops with the feature cuda"),
         ({"features": '["cuda", "sm_75"]'}, "feature 'sm_75' is none of aarch64"),
         ({"library": '"impossible"'}, "library is 'impossible' and native_ops lists ops"),

@@ -52,6 +52,18 @@ def test_models_are_verified_and_have_one_way_to_run(bundles, name, evidence):
     evidence(Evidence(WHOLE_MODELS, "TVM", "x86-64", EXECUTED, error_share=share))
 
 
+@pytest.mark.parametrize("name", ["moe", "bitnet-moe"])
+def test_experts_need_no_python_where_the_pass_lowers_them(bundles, tmp_path, name):
+    """A program without Python has TVM's runtime, and not the NumPy function that this registers for NonZero."""
+    passes = "default,+infer-shapes@attach-bodies,+lower-experts@attach-bodies"
+    lowered = qs.export(decoder(CONFIGS[name]), out=tmp_path / "bundle", runtime="tvm", pipeline=passes, verify="quick")
+    (path,) = lowered.manifest["parity"]["paths"]
+    assert path["relative_logit_error"] <= lowered.manifest["parity"]["limit"]
+    assert path["greedy_agreement"] == 1.0
+    needs_python = [b"relax.run.nonzero" in (each.path / MODULE).read_bytes() for each in (lowered, bundles("moe"))]
+    assert needs_python == [False, True]
+
+
 @pytest.mark.parametrize("threads", [1, 2, None])
 def test_generated_tokens_are_those_of_pytorch(bundles, threads):
     module = decoder(CONFIGS["bitnet"])

@@ -40,9 +40,12 @@ MANY_SLICES = 8
 _LOWEST = -3.4028234663852886e38
 
 
-def cached_attention(*, heads: int, kv_heads: int, width: int, dtype: str = "float32", slices: int = 1) -> Program:
-    """qkv [B * S, (heads + 2 kv_heads) * width], cos and sin [B, S, width / 2], visible bool [B, 1, S, T], caches
-    "key" and "value" [B, kv_heads, C, width] with C >= T to y [B * S, heads * width], all of ``dtype``.
+def cached_attention(
+    *, heads: int, kv_heads: int, width: int, dtype: str = "float32", slices: int = 1, mask_dtype: str = "bool"
+) -> Program:
+    """qkv [B * S, (heads + 2 kv_heads) * width], cos and sin [B, S, width / 2], visible [B, 1, S, T], caches
+    "key" and "value" [B, kv_heads, C, width] with C >= T to y [B * S, heads * width], all of ``dtype`` but the mask: that is of
+    ``mask_dtype``, int32 for WebGPU, which has no bytes.
 
     The rows T - S to T - 1 of both caches are written in place. UsageError for heads that are not a multiple of
     ``kv_heads``, and an odd width.
@@ -53,7 +56,7 @@ def cached_attention(*, heads: int, kv_heads: int, width: int, dtype: str = "flo
             f"{heads} heads on {kv_heads} of keys and values, {width} wide, in {slices} slices; expected a multiple, "
             "an even width, and a slice at least"
         )
-    attention = _Attention(heads, kv_heads, width, dtype, slices)
+    attention = _Attention(heads, kv_heads, width, dtype, slices, mask_dtype)
     kernels = (attention.remember(), attention.attend(), attention.finish())
     return Program(kernels, ("qkv", "cos", "sin", "visible", "key", "value"), ("y",), in_place=("key", "value"))
 
@@ -67,6 +70,7 @@ class _Attention:
     width: int
     dtype: str
     slices: int
+    mask_dtype: str
 
     @property
     def half(self) -> int:
@@ -80,11 +84,10 @@ class _Attention:
             "qkv": ((m, (self.heads + 2 * self.kv_heads) * self.width), self.dtype),
             "cos": ((batch, tokens, self.half), self.dtype),
             "sin": ((batch, tokens, self.half), self.dtype),
-            "visible": ((batch, 1, tokens, total), "bool"),
+            "visible": ((batch, 1, tokens, total), self.mask_dtype),
             "key": ((batch, self.kv_heads, room, self.width), self.dtype),
             "value": ((batch, self.kv_heads, room, self.width), self.dtype),
-            "peaks": ((m, self.heads, self.slices), "float32"),
-            "weights": ((m, self.heads, self.slices), "float32"),
+            "softmax": ((m, self.heads, self.slices, 2), "float32"),
             "parts": ((m, self.heads, self.slices, self.width), "float32"),
             "y": ((m, self.heads * self.width), self.dtype),
         }
@@ -123,14 +126,14 @@ class _Attention:
         return kernel("attention_remember", body)
 
     def attend(self) -> tirx.PrimFunc:
-        """From all of them to "peaks", "weights" and "parts" of each slice: its largest score, the sum of its weights
-        against that, and the values by weight.
+        """From all of them to "softmax" and "parts" of each slice: its largest score and the sum of its weights against that,
+        and the values by weight.
         """
         columns = min(self.width, THREADS)
         sharing, rounds = THREADS // columns, -(-self.width // columns)
 
         def body() -> None:
-            given = self._arguments("qkv", "cos", "sin", "visible", "key", "value", "peaks", "weights", "parts")
+            given = self._arguments("qkv", "cos", "sin", "visible", "key", "value", "softmax", "parts")
             with threads(given["m"] * self.slices, self.heads) as (block, head, thread):
                 row, slice_ = T.bind(block // self.slices), T.bind(block % self.slices)
                 b, s = T.bind(row // given["tokens"]), T.bind(row % given["tokens"])
@@ -160,9 +163,9 @@ class _Attention:
                     barrier()
                     with when(part == 0):
                         score = T.bind(added([scores[key_of, i] for i in range(KEY_THREADS)]))
-                        is_visible = tirx.all(
-                            key_of < count, given["visible"][b, 0, s, T.min(first + key_of, given["total"] - 1)]
-                        )
+                        mask = given["visible"][b, 0, s, T.min(first + key_of, given["total"] - 1)]
+                        shows = mask if self.mask_dtype == "bool" else mask != tirx.const(0, self.mask_dtype)
+                        is_visible = tirx.all(key_of < count, shows)
                         infinity = T.uint32(float_bits.INFINITY)
                         limit = T.bind(
                             T.reinterpret(
@@ -203,8 +206,8 @@ class _Attention:
                         assign(given["parts"], value, row, head, slice_, column)
                     barrier()
                 with when(thread == 0):
-                    assign(given["peaks"], peak[0], row, head, slice_)
-                    assign(given["weights"], weight_sum[0], row, head, slice_)
+                    assign(given["softmax"], peak[0], row, head, slice_, 0)
+                    assign(given["softmax"], weight_sum[0], row, head, slice_, 1)
 
         return kernel("attention_slices", body)
 
@@ -212,7 +215,7 @@ class _Attention:
         """The slices against the largest score of all, and divided by the sum of all weights. No visible key: 0 / 0."""
 
         def body() -> None:
-            given = self._arguments("peaks", "weights", "parts", "y")
+            given = self._arguments("softmax", "parts", "y")
             outputs = self.heads * self.width
             with threads(given["m"], -(-outputs // THREADS)) as (row, tile, thread):
                 output = T.bind(tile * THREADS + thread)
@@ -220,11 +223,11 @@ class _Attention:
                     head, column = T.bind(output // self.width), T.bind(output % self.width)
                     peak = variable("float32", _LOWEST)
                     for i in range(self.slices):
-                        assign(peak, T.max(peak[0], given["peaks"][row, head, i]))
+                        assign(peak, T.max(peak[0], given["softmax"][row, head, i, 0]))
                     weight, value = variable("float32", 0.0), variable("float32", 0.0)
                     for i in range(self.slices):
-                        factor = T.bind(exponential(given["peaks"][row, head, i] - peak[0], 1))
-                        assign(weight, weight[0] + factor * given["weights"][row, head, i])
+                        factor = T.bind(exponential(given["softmax"][row, head, i, 0] - peak[0], 1))
+                        assign(weight, weight[0] + factor * given["softmax"][row, head, i, 1])
                         assign(value, value[0] + factor * given["parts"][row, head, i, column])
                     assign(given["y"], T.Cast(self.dtype, value[0] / weight[0]), row, output)
 

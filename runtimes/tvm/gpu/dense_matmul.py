@@ -67,7 +67,7 @@ def dense_matmul_nbits(*, k_in: int, n: int, bits: int, group: int, dtype: str =
         m = tirx.Var("m", "int32")
         x = T.arg("x", T.buffer((m, k_in), dtype))
         w = T.arg("w", T.buffer((n, packed.units), packed.dtype))
-        scales = T.arg("scales", T.buffer((n, packed.groups), "uint16"))
+        scales = T.arg("scales", T.buffer((n, packed.scale_units), packed.scale_dtype))
         y = T.arg("y", T.buffer((m, n), dtype))
 
         def weights(output: tirx.Expr, unit: tirx.Expr) -> list[tuple[tirx.Expr, tirx.Expr]]:

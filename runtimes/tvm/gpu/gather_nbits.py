@@ -11,26 +11,27 @@ from qsparse_export.runtimes.tvm.gpu.program import Program, check_sizes
 from qsparse_export.runtimes.tvm.gpu.workgroup import THREADS, assign, kernel, threads, when
 
 
-def gather_nbits(*, n: int, k: int, bits: int, group: int, dtype: str = "float32") -> Program:
-    """ids int64 [m], w and scales of n rows (:class:`OutputMajor`) to y [m, k] of ``dtype``.
+def gather_nbits(*, n: int, k: int, bits: int, group: int, dtype: str = "float32", ids_dtype: str = "int64") -> Program:
+    """ids [m] of ``ids_dtype``, w and scales of n rows (:class:`OutputMajor`) to y [m, k] of ``dtype``.
 
-    An id outside 0..n-1 gives a row of NaN: a kernel cannot end a call with an error. UsageError for other bits or groups.
+    Ids are int32 for WebGPU, which has no int64. An id outside 0..n-1 gives a row of NaN: a kernel cannot end a call with an
+    error. UsageError for other bits or groups.
     """
     check_sizes(k, dtype)
     rows = OutputMajor(k, bits, group)
 
     def body() -> None:
         m = tirx.Var("m", "int32")
-        ids = T.arg("ids", T.buffer((m,), "int64"))
+        ids = T.arg("ids", T.buffer((m,), ids_dtype))
         w = T.arg("w", T.buffer((n, rows.units), rows.dtype))
-        scales = T.arg("scales", T.buffer((n, rows.groups), "uint16"))
+        scales = T.arg("scales", T.buffer((n, rows.scale_units), rows.scale_dtype))
         y = T.arg("y", T.buffer((m, k), dtype))
         with threads(m, -(-k // THREADS)) as (row, tile, thread):
             column = T.bind(tile * THREADS + thread)
             with when(column < k):
-                wanted = T.bind(ids[row])
-                is_there = T.bind(tirx.all(wanted >= T.int64(0), wanted < T.int64(n)))
-                taken = T.bind(T.Cast("int32", T.Select(is_there, wanted, T.int64(0))))
+                wanted, zero = T.bind(ids[row]), tirx.const(0, ids_dtype)
+                is_there = T.bind(tirx.all(wanted >= zero, wanted < tirx.const(n, ids_dtype)))
+                taken = T.bind(T.Cast("int32", T.Select(is_there, wanted, zero)))
                 unit = T.bind(T.Cast("uint32", w[taken, column // rows.unit_codes]))
                 code = rows.code(unit, column % rows.unit_codes)
                 value = T.bind(T.Cast("float32", code) * rows.scale(scales, taken, column))

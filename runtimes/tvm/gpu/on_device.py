@@ -26,6 +26,7 @@ def require_on_device(module: ir.IRModule, target: str) -> None:
             relax.analysis.post_order_visit(function, visit)
     if found:
         raise ExportError(
-            f"TVM computes {', '.join(sorted(found))} on the CPU, and all of a graph runs on the GPU of target {target} (a "
-            "mixture of experts has such ops: it looks for the tokens of each expert); export with --runtime ort, or for a CPU"
+            f"TVM computes {', '.join(sorted(found))} on the CPU, and all of a graph runs on the GPU of target {target}; a "
+            "mixture of experts as this package writes it has no such op after the pass lower-experts (--passes default); "
+            "export others with --runtime ort, or for a CPU"
         )

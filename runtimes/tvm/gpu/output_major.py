@@ -12,14 +12,15 @@ from qsparse_export.formats import nbits
 from qsparse_export.runtimes.tvm.gpu.float_bits import half_to_float
 
 WORD_BYTES = 4
+_WORD_SCALES = 2
 
 
 @dataclass(frozen=True)
 class OutputMajor:
     """Codes of ``bits`` bits, rows of ``k`` inputs, and a scale for each ``group`` of them (``formats.nbits``).
 
-    A row is uint32 words, or uint8 where it does not end with a whole word; scales are the bits of their float16, uint16:
-    OpenCL and WebGPU need not have the type.
+    A row is uint32 words, or uint8 where it does not end with a whole word; scales are the bits of their float16, likewise
+    words of two or, of an odd number, uint16: OpenCL and WebGPU need not have the type, and WebGPU has words alone.
     """
 
     k: int
@@ -50,6 +51,16 @@ class OutputMajor:
         """Scales of a row."""
         return nbits.group_count(self.k, self.group)
 
+    @property
+    def scale_dtype(self) -> str:
+        """Of what the scales of a row are made of."""
+        return "uint16" if self.groups % _WORD_SCALES else "uint32"
+
+    @property
+    def scale_units(self) -> int:
+        """Words or halves of a row of scales."""
+        return self.groups if self.groups % _WORD_SCALES else self.groups // _WORD_SCALES
+
     def code(self, unit: tirx.Expr, place: tirx.Expr | int) -> tirx.Expr:
         """int32: the code at ``place`` of a word or byte (uint32), signed."""
         shift = T.Cast("uint32", place * self.bits) if isinstance(place, tirx.Expr) else T.uint32(place * self.bits)
@@ -57,4 +68,8 @@ class OutputMajor:
 
     def scale(self, scales: tirx.Buffer, row: tirx.Expr, channel: tirx.Expr) -> tirx.Expr:
         """float32: of a channel, or of the last one for the padding behind it."""
-        return half_to_float(T.bind(T.Cast("uint32", scales[row, T.min(channel // self.group, self.groups - 1)])))
+        number = T.min(channel // self.group, self.groups - 1)
+        if self.scale_dtype == "uint16":
+            return half_to_float(T.bind(T.Cast("uint32", scales[row, number])))
+        shift = T.Cast("uint32", number % _WORD_SCALES * 16)
+        return half_to_float(T.bind(scales[row, number // _WORD_SCALES] >> shift))

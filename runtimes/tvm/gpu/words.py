@@ -13,21 +13,22 @@ _BITS = {
     onnx.TensorProto.UINT8: 8,
     onnx.TensorProto.FLOAT16: 16,
 }
-_WORD = onnx.TensorProto.UINT32
+_WORD = (onnx.TensorProto.UINT32,)
 _CHANNEL_MAJOR = {
     "SparseTernaryMatMul": {1: _WORD},
     "TernaryMatMul": {1: _WORD},
     "SparseMatMulNBits": {1: _WORD, 2: _WORD},
 }
-_OUTPUT_MAJOR = {1: _WORD, 2: onnx.TensorProto.UINT16}
+_OUTPUT_MAJOR = {1: _WORD, 2: (*_WORD, onnx.TensorProto.UINT16)}
 _WEIGHTS = {**_CHANNEL_MAJOR, "DenseMatMulNBits": _OUTPUT_MAJOR, "GatherNBits": _OUTPUT_MAJOR}
-"""Op to the places of its weights and scales among the inputs, and the type that they get."""
-_TYPE_BITS = {_WORD: 8 * WORD_BYTES, onnx.TensorProto.UINT16: 16}
+"""Op to the places of its weights and scales among the inputs, and the types that they get: the first that a row is whole in."""
+_TYPE_BITS = {onnx.TensorProto.UINT32: 8 * WORD_BYTES, onnx.TensorProto.UINT16: 16}
 
 
 def as_words(rows: np.ndarray) -> np.ndarray:
-    """uint8 [..., bytes] as uint32 [..., words], or as it is where the last word would not be whole."""
-    return rows if rows.shape[-1] % WORD_BYTES else np.ascontiguousarray(rows).view(np.uint32)
+    """uint8 or uint16 [..., K] as uint32 [..., words], or as it is where the last word would not be whole."""
+    whole = rows.shape[-1] * rows.itemsize % WORD_BYTES == 0
+    return np.ascontiguousarray(rows).view(np.uint32) if whole else rows
 
 
 def in_words(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -35,15 +36,16 @@ def in_words(model: onnx.ModelProto) -> onnx.ModelProto:
     result = onnx.ModelProto()
     result.CopyFrom(model)
     wanted = {
-        node.input[place]: dtype
+        node.input[place]: dtypes
         for node in result.graph.node
-        for place, dtype in _WEIGHTS.get(node.op_type, {}).items()
+        for place, dtypes in _WEIGHTS.get(node.op_type, {}).items()
     }
     for tensor in result.graph.initializer:
         if tensor.name in wanted and tensor.data_type in _BITS:
-            row_bits, unit = tensor.dims[-1] * _BITS[tensor.data_type], _TYPE_BITS[wanted[tensor.name]]
-            if row_bits % unit == 0:
-                _retype(tensor, wanted[tensor.name], row_bits // unit)
+            row_bits = tensor.dims[-1] * _BITS[tensor.data_type]
+            whole = [dtype for dtype in wanted[tensor.name] if row_bits % _TYPE_BITS[dtype] == 0]
+            if whole:
+                _retype(tensor, whole[0], row_bits // _TYPE_BITS[whole[0]])
     return result
 
 

@@ -59,10 +59,10 @@ def gated_case(case: GatedActivation) -> Case:
     return Case(label, program, {"x": case.x}, lambda made: case.check(made["y"]))
 
 
-def gather_case(case: Gather) -> Case:
+def gather_case(case: Gather, ids_dtype: str = "int64") -> Case:
     (n, k), w = case.codes.shape, nbits.pack_outputs(case.codes, case.bits)
-    program = gather_nbits(n=n, k=k, bits=case.bits, group=case.group)
-    inputs = {"ids": case.x, "w": as_words(w), "scales": case.scales.view(np.uint16)}
+    program = gather_nbits(n=n, k=k, bits=case.bits, group=case.group, ids_dtype=ids_dtype)
+    inputs = {"ids": case.x.astype(ids_dtype), "w": as_words(w), "scales": as_words(case.scales.view(np.uint16))}
     label = f"GatherNBits {case.codes.shape} bits {case.bits} group {case.group} rows {len(case.x)}"
     return Case(label, program, inputs, lambda made: case.check(made["y"]))
 
@@ -71,7 +71,7 @@ def head_case(case: DenseMatMul, rows: int) -> Case:
     k_in, n = case.x.shape[1], len(case.codes)
     static = {"k_in": k_in, "n": n, "bits": case.bits, "group": case.group, "dtype": case.x.dtype.name}
     w = as_words(nbits.pack_outputs(case.codes, case.bits))
-    inputs = {"x": case.x, "w": w, "scales": case.scales.view(np.uint16)}
+    inputs = {"x": case.x, "w": w, "scales": as_words(case.scales.view(np.uint16))}
     label = f"DenseMatMulNBits {_kind(case.x)} n {n} bits {case.bits} group {case.group} by {rows}"
     return Case(label, dense_matmul_nbits(**static, rows=rows), inputs, lambda made: case.check(made["y"]))
 
@@ -117,16 +117,17 @@ def _label(op: str, case: SparseMatMul) -> str:
     return f"{op} {_kind(case.x)} {sizes}"
 
 
-def attention_case(case: CachedAttention, slices: int) -> Case:
+def attention_case(case: CachedAttention, slices: int, mask_dtype: str = "bool") -> Case:
     batch, kv_heads, capacity, width = case.past_key.shape
     tokens, total, dtype = case.x.shape[1], case.visible.shape[-1], case.x.dtype
-    program = cached_attention(heads=case.heads, kv_heads=kv_heads, width=width, dtype=dtype.name, slices=slices)
+    static = {"heads": case.heads, "kv_heads": kv_heads, "width": width, "dtype": dtype.name, "slices": slices}
+    program = cached_attention(**static, mask_dtype=mask_dtype)
     room = ((0, 0), (0, 0), (0, max(total - capacity, 0)), (0, 0))
     inputs = {
         "qkv": case.x.reshape(batch * tokens, -1),
         "cos": np.cos(case.angles).astype(dtype),
         "sin": np.sin(case.angles).astype(dtype),
-        "visible": case.visible[:, None],
+        "visible": case.visible[:, None].astype(mask_dtype),
         "key": np.pad(case.past_key, room),
         "value": np.pad(case.past_value, room),
     }
@@ -142,14 +143,22 @@ def _kind(x: np.ndarray) -> str:
     return f"{x.dtype} {x.shape}"
 
 
-def layer_cases(seed: int) -> Iterator[Case]:
-    """Of all of them, some in float32 and some in float16; none without rows, outputs or inputs: there is no kernel for that."""
+def layer_cases(seed: int, *, web: bool = False) -> Iterator[Case]:
+    """Of all of them, some in float32 and some in float16; none without rows, outputs or inputs: there is no kernel for that.
+
+    ``web``: those that WebGPU can have, whose buffers hold no bytes and no int64: ids and masks are int32.
+    """
     rng = np.random.default_rng(seed)
+    ids_dtype, mask_dtype = ("int32", "int32") if web else ("int64", "bool")
     yield from (norm_case(case) for case in _some(add_rms_norm_cases.cases(rng), 70))
     yield from (plain_norm_case(case) for case in _some(add_rms_norm_cases.cases(rng), 110))
     yield from (gated_case(case) for case in _some(gated_activation_cases.cases(rng), 70))
-    yield from (gather_case(case) for case in _some(gather_cases.cases(rng), 13))
-    heads = [case for case in _some(dense_matmul_cases.cases(rng), 1) if len(case.codes)][::25]
+    gathers = [case for case in _some(gather_cases.cases(rng), 1) if not web or _in_words(case)]
+    yield from (gather_case(case, ids_dtype) for case in gathers[:: 3 if web else 13])
+    heads = [
+        case for case in _some(dense_matmul_cases.cases(rng), 1) if len(case.codes) and (not web or _in_words(case))
+    ]
+    heads = heads[:: 6 if web else 25]
     yield from (head_case(case, (1, MANY_ROWS)[i % 2]) for i, case in enumerate(heads))
     for m, k_in, n, rows in ((1, 37, 130, 1), (9, 64, 5, MANY_ROWS)):
         yield float_head_case(rng, m, k_in, n, rows)
@@ -160,12 +169,23 @@ def layer_cases(seed: int) -> Iterator[Case]:
     x = magnitudes(rng, ROWS + 6, 33, "normal")
     yield nbits_gemm_case(SparseMatMul(x, integer_weights(rng, (65, 130), 33, 4, 32), 12))
     attention = _some(cached_attention_cases.cases(rng), 5)
-    yield from (attention_case(case, (MANY_SLICES, 1)[i % 2]) for i, case in enumerate(attention))
+    yield from (attention_case(case, (MANY_SLICES, 1)[i % 2], mask_dtype) for i, case in enumerate(attention))
+
+
+def _in_words(case: Gather | DenseMatMul) -> bool:
+    """Whether rows of codes and of scales are whole words."""
+    k = case.codes.shape[1]
+    return nbits.output_row_bytes(k, case.bits) % 4 == 0 and nbits.group_count(k, case.group) % 2 == 0
 
 
 def is_float16(case: Case) -> bool:
     """Which PoCL does not have on a CPU."""
-    return any(str(buffer.dtype) == "float16" for buffer in case.program.buffers().values())
+    return "float16" in dtypes_of(case)
+
+
+def dtypes_of(case: Case) -> set[str]:
+    """Of all tensors."""
+    return {str(buffer.dtype) for buffer in case.program.buffers().values()}
 
 
 def _some(cases: Iterator[Kind], every: int) -> list[Kind]:

@@ -18,6 +18,7 @@ from layer_cases import is_float16, layer_cases
 from software_device import SoftwareDevice
 from sparse_matmul_cases import integer_weights
 from ternary_cases import ternary_weights
+from webgpu_limits import require_limits
 
 from qsparse_export.errors import UsageError
 from qsparse_export.runtimes.tvm.gpu.packed_bytes import dp4a
@@ -26,12 +27,8 @@ from qsparse_export.runtimes.tvm.gpu.quantize_rows import quantize_rows
 from qsparse_export.runtimes.tvm.gpu.sparse_matmul_nbits import sparse_matmul_nbits
 from qsparse_export.runtimes.tvm.gpu.sparse_ternary_matmul import sparse_ternary_gemm, sparse_ternary_gemv
 from qsparse_export.runtimes.tvm.gpu.topk_sparsify import topk_sparsify
-from qsparse_export.runtimes.tvm.gpu.workgroup import SHARED_BYTES
 
 ROOT = Path(__file__).parents[3]
-
-WEBGPU_STORAGE_BUFFERS = 8
-"""A kernel has at most so many on every WebGPU device."""
 
 
 def run(case: Case, device: SoftwareDevice) -> float:
@@ -114,11 +111,7 @@ def test_float_sums_have_one_order(device: SoftwareDevice) -> None:
 
 def test_no_kernel_exceeds_what_every_webgpu_device_has() -> None:
     for case in some(np.float32, 4):
-        for kernel in device_kernels(case.program, "webgpu"):
-            shared = re.findall(r"var<workgroup> \w+ : array<\w+32, (\d+)>", kernel.source)
-            assert kernel.source.count("var<workgroup>") == len(shared)
-            assert 4 * sum(map(int, shared)) <= SHARED_BYTES, kernel.name
-            assert kernel.source.count("var<storage") <= WEBGPU_STORAGE_BUFFERS, kernel.name
+        require_limits(case.program)
 
 
 FLOATS = st.one_of(

@@ -32,7 +32,7 @@ from qsparse_export.runtimes.tvm.runtime import GRAPH, MODULE, TvmRuntime
 from qsparse_export.targets.target import load_target
 
 HERE = Path(__file__).parent
-MODELS = {"qwen2": "int4", "bitnet": "keep"}
+MODELS = {"qwen2": "int4", "bitnet": "keep", "moe": "keep", "bitnet-moe": "keep"}
 LENGTHS = [(1, 11, 0), (2, 5, 3), (2, 1, 70), (1, 1, 5)]
 """Batch, tokens and past: the first two are many rows, for which other kernels run."""
 FEW, MANY = r"(attention_slices|(ternary|nbits)_gemv\d*)", r"(attention_slices1|(ternary|nbits)_gemm\d*)"
@@ -180,7 +180,11 @@ def test_code_for_another_gpu(monkeypatch: pytest.MonkeyPatch, found: str, runs:
         ({"portable": True}, TargetError, "has no function bodies"),
         ({"weights": "fp16"}, TargetError, "computes in float32, not in float16"),
         ({"tuning": Tuning(trials=1)}, TargetError, "target cuda-sm80 is a GPU: leave --tune and its like out"),
-        ({"name": "moe"}, ExportError, "TVM computes nonzero.* on the CPU"),
+        (
+            {"name": "moe", "pipeline": "default,-lower-experts"},
+            ExportError,
+            "nonzero.* on the CPU.*pass lower-experts",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_refused_and_leaves_nothing(
@@ -189,6 +193,17 @@ def test_what_it_cannot_do_is_refused_and_leaves_nothing(
     with pytest.raises(error, match=message):
         exported(**{"name": "llama", "out": tmp_path / "bundle", "verify": "none", **options})
     assert not list(tmp_path.iterdir())
+
+
+def test_places_that_are_no_experts_are_refused(tmp_path: Path) -> None:
+    """Another's graph: rows that are chosen by their content, and mixed."""
+    text = """<ir_version: 11, opset_import: ["": 23]> g (float[T, 6] x, float[T] w) => (float[N, 6] y) {
+        found = NonZero (w) turned = Transpose <perm = [1, 0]> (found) last = Constant <value = int64[1] {-1}> ()
+        rows = Squeeze (turned, last) h = Gather <axis = 0> (x, rows) y = Softmax <axis = 0> (h) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "chosen.onnx")
+    with pytest.raises(ExportError, match=r"TVM computes nonzero.* on the CPU.*--runtime ort, or for a CPU"):
+        qs.export(qs.load(tmp_path / "chosen.onnx"), out=tmp_path / "bundle", runtime="tvm", target="cuda-sm80")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_missing_programs_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
