@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 ON_CPU = "or run it on the CPU with --no-native (function bodies, slower)"
+_OF_CUDA = re.compile("CUDA (failure|error) ")
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,8 @@ class OrtSession:
         try:
             self._session = onnxruntime.InferenceSession(graph, options, providers=providers)
         except Exception as error:  # onnxruntime raises a class per status code, without a common base of their own
-            if on_gpu and is_out_of_memory(str(error)):
-                raise gpu_failure(str(error), ON_CPU) from error
+            if on_gpu and (_OF_CUDA.search(str(error)) or is_out_of_memory(str(error))):
+                raise _gpu_failure(error) from error
             raise BundleError(
                 f"ONNX Runtime {onnxruntime.__version__} refused the graph of {folder}: {error}"
             ) from error
@@ -245,7 +247,7 @@ class OrtSession:
             yield
         except Exception as error:  # a class per status code, as above
             if self._device == "cuda" and not _is_of_arguments(error):
-                raise gpu_failure(str(error), ON_CPU) from error
+                raise _gpu_failure(error) from error
             import onnxruntime
 
             raise BundleError(
@@ -256,6 +258,11 @@ class OrtSession:
     def native_calls(self) -> NativeCalls:
         """See :class:`qsparse_export.runtimes.base.Session`; counts of the whole process since this session opened."""
         return subtract_calls(self._library.calls(), self._before) if self._library else {}
+
+
+def _gpu_failure(error: Exception) -> TargetError:
+    """Without the node that was at work when it showed, and the line of ONNX Runtime's source."""
+    return gpu_failure(str(error).rpartition("Status Message: ")[2].partition(" ; GPU=")[0], ON_CPU)
 
 
 def _is_of_arguments(error: Exception) -> bool:

@@ -41,7 +41,7 @@ def build_emulated_ort(with_cpu_ops: bool) -> Path:
     native, headers = library_path(), library_path().parent / "source" / "include" / "onnxruntime"
     folder = ROOT / "runtimes" / "ort"
     shared = ["api", "calls", "huge_pages", "op_kernel", "custom_ops"] + (
-        ["topk_ops", "ternary_ops"] if with_cpu_ops else []
+        ["topk_ops", "ternary_ops", "head_ops"] if with_cpu_ops else []
     )
     sources = [KERNELS / "ort_ops.cc", HERE / "no_cpu_ops.cc", *(folder / f"{name}.cc" for name in shared)]
     flags = ["-O0", "-DQSPARSE_WITH_CUDA", f"-I{folder}", f"-isystem{headers}"]

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,12 @@ def captured(bundle: Path, library: Path) -> list[dict[str, Any]]:
     return _printed("captured_on_stand_in.py", bundle, library)
 
 
+def qsparse_run(library: Path, *arguments: Path | str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command with ``library`` on the GPU, however it ends; ``environment`` tells when to fail (stand_in_runtime.cc)."""
+    libraries = str(build(packaged_provider()))
+    return _process("run_on_stand_in.py", (library, *arguments), libraries, environment)
+
+
 def registered_ops() -> list[str]:
     """Ops that the provider has kernels for, ``domain::Name`` or ``Name`` of the standard domain."""
     return _printed("registered_ops.py")
@@ -116,8 +122,11 @@ def _printed(script: str, *arguments: Path) -> Any:
     return json.loads(done.stdout)
 
 
-def _process(script: str, arguments: Sequence[Path], libraries: str) -> subprocess.CompletedProcess[str]:
+def _process(
+    script: str, arguments: Sequence[Path | str], libraries: str, more: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, Path(__file__).parent / script, *arguments]
     # Its ONNX Runtime in the place of the installed one.
-    environment = {**os.environ, "LD_LIBRARY_PATH": libraries, "PYTHONPATH": str(packaged_provider())}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    own = {"LD_LIBRARY_PATH": libraries, "PYTHONPATH": str(packaged_provider())}
+    env = {**os.environ, **own, **(more or {})}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)

@@ -4,8 +4,8 @@
 // For ONNX Runtime's CUDA provider stand_in.py adds every other function, as one that succeeds, so that kernels do
 // nothing. For TVM stand_in_driver.cc runs kernels; then memory is garbage at first.
 //
-// STAND_IN_MEMORY: the device's bytes, of which pinned memory of the host takes its part here. STAND_IN_FAIL_AFTER: the
-// launch after so many is enqueued and goes wrong; as on a GPU, the calls behind it tell, and no call succeeds any more.
+// STAND_IN_MEMORY: the device's bytes. STAND_IN_FAIL_AFTER: the launch after so many is enqueued and goes wrong; as on a
+// GPU, the calls behind it tell, and no call succeeds any more.
 #include <cuda_runtime_api.h>
 #include <stdlib.h>
 #include <string.h>
@@ -45,6 +45,7 @@ struct Event {
 
 std::set<Stream*> capturing;
 std::map<std::string, long> counts;
+std::map<void*, size_t> pinned;  // memory of the host's, and its bytes
 std::string first_problem, latest_problem;
 cudaError_t latest_error = cudaSuccess;
 cudaStream_t configured = nullptr;
@@ -56,6 +57,12 @@ size_t number_of(const char* variable, size_t otherwise) {
 }
 
 size_t memory_bytes() { return number_of("STAND_IN_MEMORY", kMemory); }
+
+size_t unused_bytes() {
+  size_t used = stand_in::allocated_bytes();
+  for (const auto& [memory, bytes] : pinned) used -= bytes;
+  return memory_bytes() - used;
+}
 
 bool is_gone() { return launches > number_of("STAND_IN_FAIL_AFTER", std::numeric_limits<size_t>::max()); }
 
@@ -227,15 +234,14 @@ cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(ve
 
 cudaError_t cudaMemGetInfo(size_t* unused, size_t* total) {
   *total = memory_bytes();
-  *unused = *total - stand_in::allocated_bytes();
+  *unused = unused_bytes();
   return cudaSuccess;
 }
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
   const cudaError_t refused = outside_of_captures("cudaMalloc");
   if (refused != cudaSuccess) return refused;
-  const bool fits = bytes <= memory_bytes() - stand_in::allocated_bytes();
-  *memory = fits ? stand_in::allocate(bytes, garbage()) : nullptr;
+  *memory = bytes <= unused_bytes() ? stand_in::allocate(bytes, garbage()) : nullptr;
   if (*memory == nullptr && bytes > 0) return fail(cudaErrorMemoryAllocation, "out of memory");
   return cudaSuccess;
 }
@@ -247,9 +253,18 @@ cudaError_t cudaFree(void* memory) {
   return problem.empty() ? cudaSuccess : fail(cudaErrorInvalidValue, problem);
 }
 
-cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) { return cudaMalloc(memory, bytes); }
-cudaError_t cudaMallocHost(void** memory, size_t bytes) { return cudaMalloc(memory, bytes); }
-cudaError_t cudaFreeHost(void* memory) { return cudaFree(memory); }
+cudaError_t cudaMallocHost(void** memory, size_t bytes) {
+  const cudaError_t refused = outside_of_captures("cudaMallocHost");
+  if (refused != cudaSuccess) return refused;
+  *memory = stand_in::allocate(bytes, garbage());
+  pinned[*memory] = bytes;
+  return cudaSuccess;
+}
+cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) { return cudaMallocHost(memory, bytes); }
+cudaError_t cudaFreeHost(void* memory) {
+  pinned.erase(memory);
+  return cudaFree(memory);
+}
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   const cudaError_t refused = outside_of_captures("cudaMemcpy");

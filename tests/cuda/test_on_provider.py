@@ -120,6 +120,40 @@ def test_in_float32_one_length_is_copied(tmp_path: Path) -> None:
     assert set(ran[CPU]) <= SHAPE_ARITHMETIC | {"Sub"}
 
 
+def test_what_falls_back_to_the_cpu_is_what_the_manifest_says(tmp_path: Path) -> None:
+    """A head that the pipeline leaves to an op of ours without a CUDA kernel; with a copy each way."""
+    without = {"head": "int4", "pipeline": "default,-lower-nbits"}
+    made = qs.export(trained(BITNET), target="cuda", out=tmp_path / "bundle", verify="none", **without)
+    on_cpu = made.manifest["placement"]["cpu"]
+    assert on_cpu == {"ai.qsparse::DenseMatMulNBits": 1, "ai.qsparse::GatherNBits": 1}
+    report = stand_in.run(made.path, build_emulated_ort(with_cpu_ops=True))
+    ran = report["placed"]
+    left = [op for op in ran[CPU] if op not in SHAPE_ARITHMETIC]
+    assert left == [op.rpartition(":")[2] for op in on_cpu]
+    assert {"MemcpyFromHost", "MemcpyToHost"} <= set(ran[GPU])
+    assert report["calls"]["DenseMatMulNBits"].keys() & report["calls"]["GatherNBits"].keys() - {"cuda"}
+
+
+@pytest.mark.parametrize(
+    ("when", "said"),
+    [
+        ({"STAND_IN_FAIL_AFTER": "0"}, "unspecified launch failure; look at nvidia-smi"),
+        ({"STAND_IN_FAIL_AFTER": "40"}, "unspecified launch failure; look at nvidia-smi"),
+        ({"STAND_IN_MEMORY": "1000"}, "Failed to allocate memory for requested buffer of size"),
+        ({"STAND_IN_MEMORY": "1200000"}, "Failed to allocate memory for requested buffer of size"),
+    ],
+)
+def test_a_gpu_that_fails_is_one_error(when: dict[str, str], said: str, exported: Callable[[str], Bundle]) -> None:
+    """While the model is opened, and while it runs."""
+    arguments = (exported("bitnet").path, "--ids", ",".join(["1"] * 200), "-n", "3", "--json")
+    done = stand_in.qsparse_run(build_emulated_ort(with_cpu_ops=True), *arguments, **when)
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    ours = done.stderr[done.stderr.index("error: the GPU failed: ") :]  # behind what ONNX Runtime has logged
+    text = " ".join(ours.split())
+    assert said in text and text.endswith("or run it on the CPU with --no-native (function bodies, slower)")
+    assert "Traceback" not in done.stderr and "onnxruntime_src" not in text.partition("; ")[2]
+
+
 def test_a_provider_that_cannot_start_is_said(tmp_path: Path) -> None:
     """ONNX Runtime only warns, and would run on the CPU."""
     made = qs.export(trained(BITNET), target="cuda", out=tmp_path / "bundle", verify="none")
