@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,6 +48,8 @@ Make = Callable[..., tirx.PrimFunc]
 REPEATS = 10
 """Runs of a candidate; before each one the weights are flushed from the caches, as in a model that does not fit them."""
 TIMEOUT_SECONDS = 60
+_GRACE_SECONDS = 5  # for the server, which ends the session by itself
+_POLL_SECONDS = 0.2
 _LARGEST_RECORDS = 1000
 
 
@@ -196,9 +199,11 @@ def tune(
             built = tvm.compile(module, target=database.target)
             built.export_library(str(library), fcompile=cc.cross_compiler(compiler))
             arguments = _arguments(module["main"])
-            if tracker is not None:
-                _require_device(tracker, number - 1, len(chosen))
-            result = runner.run([ms.runner.RunnerInput(str(library), "cpu", arguments)])[0].result()
+            candidate = ms.runner.RunnerInput(str(library), "cpu", arguments)
+            if tracker is None:
+                result = runner.run([candidate])[0].result()
+            else:
+                result = _run_on_farm(runner, candidate, tracker, number - 1, len(chosen))
             library.unlink()
             seconds = [float(second) for second in result.run_secs or ()]
             problem = str(result.error_msg).strip().splitlines()[-1] if result.error_msg else ""
@@ -267,17 +272,33 @@ def _runner(tracker: Tracker | None) -> Any:
     return ms.runner.RPCRunner(config, evaluator)
 
 
-def _require_device(tracker: Tracker, done: int, total: int) -> None:
-    """A runner that waits for a device in vain does so for TIMEOUT_SECONDS, with every candidate anew."""
+def _run_on_farm(runner: Any, candidate: Any, tracker: Tracker, done: int, total: int) -> Any:
+    """MetaSchedule's result of a run on a device; its runner alone would wait for one that has died for ever.
+
+    TargetError, and the runner is of no more use, when the tracker has none left or the run does not end in its time.
+    """
+    future = None
+    end = time.monotonic() + TIMEOUT_SECONDS + _GRACE_SECONDS
     try:
-        tracker.require_device()
+        while future is None or not future.done():
+            tracker.require_device()
+            if time.monotonic() > end:
+                raise TargetError(
+                    f"a device {tracker.key!r} of the tracker at {tracker.host}:{tracker.port} did not finish in "
+                    f"{TIMEOUT_SECONDS} s; end what works on it, or restart its server"
+                )
+            if future is None:
+                (future,) = runner.run([candidate])
+            time.sleep(_POLL_SECONDS)
     except TargetError as error:
+        runner.pool.shutdown(wait=False)  # of its process, which may wait for an answer
         if not done:
             raise
         raise TargetError(
-            f"after {done} of {total} candidates {error}; what was measured is on record, and the same command goes on from "
+            f"after {done} of {total} candidates: {error}; what was measured is on record, and the same command goes on from "
             "there"
         ) from error
+    return future.result()
 
 
 def _arguments(function: tirx.PrimFunc) -> list[Any]:

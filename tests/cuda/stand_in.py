@@ -25,9 +25,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "onnxruntime-gpu"
 PACKAGE = "onnxruntime-gpu==1.31.1"
 """The newest on PyPI in November 2026."""
+GENAI_PACKAGE = "onnxruntime-genai-cuda==0.18.0"
 
 CUDNN = "libcudnn.so.9"
 TENSORRT = ("libnvinfer.so.10", "libnvonnxparser.so.10")
+WITHOUT_CALLS = ("libcurand.so.10", "libcublas.so.13", "libcublasLt.so.13", "libcufft.so.12")
+"""What is named as needed, and may have no function that is taken from it."""
 _PREFIXES = r"(?:__cuda|cuda|cublas|cudnn|curand|cuTensor|createInfer|createNv|getPlugin|getInfer)\w*"
 _VERSION = {"cudnnGetVersion": 92000}
 
@@ -37,10 +40,16 @@ def packaged_provider() -> Path:
     return folder_of_wheel(PACKAGE, CACHE / "package")
 
 
-def build(package: Path) -> Path:
+def packaged_genai() -> Path:
+    """The same for onnxruntime-genai-cuda."""
+    return folder_of_wheel(GENAI_PACKAGE, CACHE.with_name("onnxruntime-genai-cuda") / "package")
+
+
+def build() -> Path:
     """The folder of libraries that stand for CUDA's; compiled again when the source is newer."""
-    capi = package / "onnxruntime" / "capi"
+    capi = packaged_provider() / "onnxruntime" / "capi"
     providers = [capi / f"libonnxruntime_providers_{name}.so" for name in ("cuda", "tensorrt")]
+    providers.append(packaged_genai() / "onnxruntime_genai" / "libonnxruntime-genai-cuda.so")
     folder = ROOT / "build" / "tests" / "cuda" / "stand_in"
     with built_once(folder, (*RUNTIME_SOURCES, *HEADERS, Path(__file__), *providers)) as is_old:
         if is_old:
@@ -54,7 +63,7 @@ def build(package: Path) -> Path:
 def _wanted(providers: list[Path]) -> dict[str, set[str]]:
     """Library to the functions that are taken from it; of cuDNN, which the first provider opens itself, all that it names."""
     wanted: dict[str, set[str]] = defaultdict(set)
-    for library in ("libcurand.so.10", DRIVER, *TENSORRT):
+    for library in (*WITHOUT_CALLS, DRIVER, *TENSORRT):
         wanted[library] = set()
     for provider in providers:
         nm = [tool("nm", "binutils"), "-D", "--undefined-only", provider]
@@ -97,9 +106,14 @@ def captured(bundle: Path, library: Path) -> list[dict[str, Any]]:
     return _printed("captured_on_stand_in.py", bundle, library)
 
 
+def generated_by_genai(bundle: Path) -> dict[str, Any]:
+    """What genai_on_stand_in.py says of ``bundle``, with the library that lies in it."""
+    return _printed("genai_on_stand_in.py", bundle)
+
+
 def qsparse_run(library: Path, *arguments: Path | str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command with ``library`` on the GPU, however it ends; ``environment`` tells when to fail (stand_in_runtime.cc)."""
-    libraries = str(build(packaged_provider()))
+    libraries = str(build())
     return _process("run_on_stand_in.py", (library, *arguments), libraries, environment)
 
 
@@ -116,7 +130,7 @@ def refusal(bundle: Path, library: Path) -> str:
 
 
 def _printed(script: str, *arguments: Path) -> Any:
-    done = _process(script, arguments, libraries=str(build(packaged_provider())))
+    done = _process(script, arguments, libraries=str(build()))
     if done.returncode != 0:
         pytest.fail(f"{' '.join(map(str, done.args))}\n{done.stderr[-4000:]}", pytrace=False)
     return json.loads(done.stdout)
@@ -127,6 +141,7 @@ def _process(
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, Path(__file__).parent / script, *arguments]
     # Its ONNX Runtime in the place of the installed one.
-    own = {"LD_LIBRARY_PATH": libraries, "PYTHONPATH": str(packaged_provider())}
+    packages = os.pathsep.join(map(str, (packaged_provider(), packaged_genai())))
+    own = {"LD_LIBRARY_PATH": libraries, "PYTHONPATH": packages}
     env = {**os.environ, **own, **(more or {})}
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)

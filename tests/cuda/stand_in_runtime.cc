@@ -4,8 +4,8 @@
 // For ONNX Runtime's CUDA provider stand_in.py adds every other function, as one that succeeds, so that kernels do
 // nothing. For TVM stand_in_driver.cc runs kernels; then memory is garbage at first.
 //
-// STAND_IN_MEMORY: the device's bytes. STAND_IN_FAIL_AFTER: the launch after so many is enqueued and goes wrong; as on a
-// GPU, the calls behind it tell, and no call succeeds any more.
+// STAND_IN_MEMORY: the device's bytes. STAND_IN_FAIL_AFTER: the launch after so many is enqueued and goes wrong; as on
+// a GPU, the calls behind it tell, and no call succeeds any more.
 #include <cuda_runtime_api.h>
 #include <stdlib.h>
 #include <string.h>

@@ -129,9 +129,9 @@ def test_what_falls_back_to_the_cpu_is_what_the_manifest_says(tmp_path: Path) ->
     report = stand_in.run(made.path, build_emulated_ort(with_cpu_ops=True))
     ran = report["placed"]
     left = [op for op in ran[CPU] if op not in SHAPE_ARITHMETIC]
-    assert left == [op.rpartition(":")[2] for op in on_cpu]
+    assert left == sorted(op.rpartition(":")[2] for op in on_cpu)
     assert {"MemcpyFromHost", "MemcpyToHost"} <= set(ran[GPU])
-    assert report["calls"]["DenseMatMulNBits"].keys() & report["calls"]["GatherNBits"].keys() - {"cuda"}
+    assert all("cuda" not in report["calls"][op] for op in left)
 
 
 @pytest.mark.parametrize(

@@ -192,37 +192,47 @@ def test_a_farm_measures_for_an_export(tmp_path, capsys):
 
 @pytest.mark.parametrize("moment", ["between two", "within one"])
 def test_a_board_that_dies_ends_the_export_and_its_records_stay(tmp_path, moment, monkeypatch, capsys):
-    step, runner = Stages.step, tuning_module._runner
+    step, require_device = Stages.step, Tracker.require_device
     measured = []
+    asked_since = 0
 
     def kill():
-        for group in groups.values():
-            os.killpg(group, signal.SIGKILL)
+        os.killpg(groups.popitem()[1], signal.SIGKILL)
 
     def deadly_step(self, done, total, text):
+        nonlocal asked_since
         step(self, done, total, text)
         measured.append(text)
-        if done == 1 and moment == "between two":
+        asked_since = 0
+        if moment == "between two":
             kill()
 
-    class Deadly:
-        def __init__(self, tracker):
-            self.runner = runner(tracker)
-
-        def run(self, inputs):
-            if measured and moment == "within one":
-                kill()
-            return self.runner.run(inputs)
+    def deadly_question(self):
+        nonlocal asked_since
+        found = require_device(self)
+        asked_since += 1
+        if measured and asked_since == 2 and moment == "within one":
+            kill()
+        return found
 
     monkeypatch.setattr(Stages, "step", deadly_step)
-    monkeypatch.setattr(tuning_module, "_runner", Deadly)
-    monkeypatch.setattr(tuning_module, "TIMEOUT_SECONDS", 8)
+    monkeypatch.setattr(Tracker, "require_device", deadly_question)
     with mortal_farm(["board"]) as (tracker, groups):
         assert export_on_a_farm(tmp_path, f"{tracker.host}:{tracker.port}") == 1
-    failed = [text for text in measured if "failed" in text]
-    assert (len(measured), len(failed)) == ((1, 0) if moment == "between two" else (2, 1))
     said = " ".join(capsys.readouterr().err.split())
-    assert f"after {len(measured)} of " in said and "has no device 'board', only none at all" in said
+    assert len(measured) == 1 and "failed" not in measured[0]
+    assert "after 1 of " in said and "has no device 'board', only none at all" in said
     assert "what was measured is on record" in said and "Traceback" not in said
     assert len(records(tmp_path)) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["db", "model.pt"]
+
+
+def test_a_board_that_never_answers_is_left(tmp_path, monkeypatch, capsys):
+    """The tracker has it, and its server does not go on: as one whose power is cut."""
+    monkeypatch.setattr(tuning_module, "TIMEOUT_SECONDS", 2)
+    monkeypatch.setattr(tuning_module, "_GRACE_SECONDS", 1)
+    with mortal_farm(["board"]) as (tracker, groups):
+        os.killpg(*groups.values(), signal.SIGSTOP)
+        assert export_on_a_farm(tmp_path, f"{tracker.host}:{tracker.port}") == 1
+    assert "did not finish in 2 s; end what works on it" in " ".join(capsys.readouterr().err.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["db", "model.pt"] and not records(tmp_path)
