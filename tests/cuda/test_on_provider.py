@@ -1,6 +1,7 @@
 """ONNX Runtime's own CUDA provider takes every node of our bundles, with no copy between, and gets as far as the launches."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from emulated_kernels import build_emulated_ort
 import qsparse_export as qs
 from qsparse_export.bundle import Bundle
 from qsparse_export.generate import Generator, greedy
+from qsparse_export.runtimes.ort.library import CUDA_LIBRARY_NAME
 from qsparse_export.runtimes.ort.runtime import OrtRuntime
 from qsparse_export.targets.target import op_sets
 
@@ -83,6 +85,19 @@ def test_a_step_can_be_captured(name: str, exported: Callable[[str], Bundle]) ->
         assert left_out[kernels] > 0
         assert {run[kernels] for run in runs if run is not first} == {left_out[kernels]}
         assert first[kernels] == left_out[kernels] * (WARM_UPS + 1), "while it captures, nothing runs"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_genai_generates_by_the_configuration_in_the_bundle(
+    name: str, exported: Callable[[str], Bundle], tmp_path: Path
+) -> None:
+    """onnxruntime-genai-cuda, with genai_config.json as it was written; in the library that it names kernels are emulated."""
+    bundle, (_, _, calls) = tmp_path / "bundle", CASES[name]
+    shutil.copytree(exported(name).path, bundle)
+    shutil.copy(build_emulated_ort(with_cpu_ops=True), bundle / CUDA_LIBRARY_NAME)
+    report = stand_in.generated_by_genai(bundle)
+    assert (report["device"], report["tokens"]) == ("CUDA", 6)
+    assert report["calls"] == {op: {"cuda": count * 6} for op, count in calls.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
