@@ -291,7 +291,11 @@ def _run_on_farm(runner: Any, candidate: Any, tracker: Tracker, done: int, total
                 (future,) = runner.run([candidate])
             time.sleep(_POLL_SECONDS)
     except TargetError as error:
-        runner.pool.shutdown(wait=False)  # of its process, which may wait for an answer
+        for (
+            worker
+        ) in runner.pool._worker_map.values():  # TVM 0.27's own shutdown waits for the answer that does not come
+            if worker._proc is not None:
+                worker._proc.kill()
         if not done:
             raise
         raise TargetError(

@@ -192,31 +192,30 @@ def test_a_farm_measures_for_an_export(tmp_path, capsys):
 
 @pytest.mark.parametrize("moment", ["between two", "within one"])
 def test_a_board_that_dies_ends_the_export_and_its_records_stay(tmp_path, moment, monkeypatch, capsys):
-    step, require_device = Stages.step, Tracker.require_device
+    step, make_runner = Stages.step, tuning_module._runner
     measured = []
-    asked_since = 0
 
     def kill():
         os.killpg(groups.popitem()[1], signal.SIGKILL)
 
     def deadly_step(self, done, total, text):
-        nonlocal asked_since
         step(self, done, total, text)
         measured.append(text)
-        asked_since = 0
         if moment == "between two":
             kill()
 
-    def deadly_question(self):
-        nonlocal asked_since
-        found = require_device(self)
-        asked_since += 1
-        if measured and asked_since == 2 and moment == "within one":
-            kill()
-        return found
+    class DeadlyRunner:
+        def __init__(self, tracker):
+            self.runner = make_runner(tracker)
+            self.pool = self.runner.pool
+
+        def run(self, candidates):
+            if measured:  # the tracker has just said that the board is there
+                kill()
+            return self.runner.run(candidates)
 
     monkeypatch.setattr(Stages, "step", deadly_step)
-    monkeypatch.setattr(Tracker, "require_device", deadly_question)
+    monkeypatch.setattr(tuning_module, "_runner", DeadlyRunner)
     with mortal_farm(["board"]) as (tracker, groups):
         assert export_on_a_farm(tmp_path, f"{tracker.host}:{tracker.port}") == 1
     said = " ".join(capsys.readouterr().err.split())
