@@ -156,6 +156,7 @@ def _command(argv: Sequence[str]) -> None:
 
     watch = Watch.parse(arguments.print_after, arguments.dump)
     stages = Stages(STAGES - (arguments.verify == "none"), quiet=arguments.json)
+    tuning = _tuning(arguments, stages)
     stages("load")
     from qsparse_export.api import export
     from qsparse_export.example_inputs import read_inputs
@@ -184,7 +185,7 @@ def _command(argv: Sequence[str]) -> None:
         example_inputs=read_inputs(arguments.inputs) if arguments.inputs else None,
         with_bench=arguments.with_bench,
         logits=arguments.logits,
-        tuning=_tuning(arguments, stages),
+        tuning=tuning,
         on_stage=stages,
         on_pass=watch.on_pass(),
     )
@@ -196,17 +197,22 @@ def _command(argv: Sequence[str]) -> None:
 
 
 def _tuning(arguments: argparse.Namespace, stages: Stages) -> Tuning | None:
+    """What the options say; UsageError or TargetError, before a model is loaded, where nothing can be measured."""
     given = (arguments.tune, arguments.tune_db, arguments.tune_rpc, arguments.tune_key)
     if all(value is None for value in given):
         return None
+    from qsparse_export.runtimes import get_runtime
     from qsparse_export.runtimes.base import Tuning
+    from qsparse_export.targets.target import load_target
 
     if arguments.tune is not None and arguments.tune < 1:
         raise UsageError(f"--tune {arguments.tune}: expected 1 or more measurements of each product")
     if arguments.tune is None and (arguments.tune_rpc or arguments.tune_key):
         raise UsageError("--tune-rpc and --tune-key say where to measure: give --tune N too")
     database = Path(arguments.tune_db) if arguments.tune_db else None
-    return Tuning(arguments.tune or 0, database, arguments.tune_rpc, arguments.tune_key, stages.step)
+    tuning = Tuning(arguments.tune or 0, database, arguments.tune_rpc, arguments.tune_key, stages.step)
+    get_runtime(arguments.runtime).tuned(tuning).require_target(load_target(arguments.target))
+    return tuning
 
 
 def _report(bundle: Bundle) -> None:

@@ -84,7 +84,7 @@ using emulated::subtract_halves;
 using emulated::to_float;
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, void* stream, Arguments... arguments) {
-  emulated::launch(grid, kThreads, stream, [=] { kernel(arguments...); });
+  emulated::launch(reinterpret_cast<const void*>(kernel), grid, kThreads, stream, [=] { kernel(arguments...); });
 }
 inline bool launch_failed() { return emulated::has_failed(); }
 inline int64_t count_multiprocessors() { return emulated::kMultiprocessors; }

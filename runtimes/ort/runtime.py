@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from qsparse_export.errors import BundleError, TargetError, UsageError
 from qsparse_export.ops.cached_attention import SHARED_CACHE
 from qsparse_export.runtimes import switches
 from qsparse_export.runtimes.base import NativeCalls, Tuning, subtract_calls
+from qsparse_export.runtimes.gpu_failure import gpu_failure, is_out_of_memory
 from qsparse_export.runtimes.ort import bundled, library
 from qsparse_export.targets.detect import host
 
@@ -26,6 +29,7 @@ GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 ON_CPU = "or run it on the CPU with --no-native (function bodies, slower)"
+_OF_CUDA = re.compile("CUDA (failure|error) ")
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,8 @@ class OrtSession:
         try:
             self._session = onnxruntime.InferenceSession(graph, options, providers=providers)
         except Exception as error:  # onnxruntime raises a class per status code, without a common base of their own
+            if on_gpu and (_OF_CUDA.search(str(error)) or is_out_of_memory(str(error))):
+                raise _gpu_failure(error) from error
             raise BundleError(
                 f"ONNX Runtime {onnxruntime.__version__} refused the graph of {folder}: {error}"
             ) from error
@@ -185,14 +191,15 @@ class OrtSession:
     def run(
         self, feeds: Mapping[str, Any], results: Mapping[str, onnxruntime.OrtValue] | None = None
     ) -> dict[str, onnxruntime.OrtValue]:
-        """See :class:`qsparse_export.runtimes.base.Session`."""
-        values = {
-            name: self.to_tensor(value) if isinstance(value, np.ndarray) else value for name, value in feeds.items()
-        }
-        if results:
-            return self._run_into(values, results)
-        outputs = self._session.run_with_ort_values(list(self.output_names), values)
-        return dict(zip(self.output_names, outputs, strict=True))
+        """See :class:`qsparse_export.runtimes.base.Session`; BundleError, or TargetError on a GPU, where ONNX Runtime fails."""
+        with self._failures():
+            values = {
+                name: self._tensor(value) if isinstance(value, np.ndarray) else value for name, value in feeds.items()
+            }
+            if results:
+                return self._run_into(values, results)
+            outputs = self._session.run_with_ort_values(list(self.output_names), values)
+            return dict(zip(self.output_names, outputs, strict=True))
 
     def _run_into(
         self, feeds: Mapping[str, onnxruntime.OrtValue], results: Mapping[str, onnxruntime.OrtValue]
@@ -219,15 +226,47 @@ class OrtSession:
         return onnxruntime.OrtValue(self._binding.get_outputs_as_ortvaluevector()[self.output_names.index(name)])
 
     def to_tensor(self, array: np.ndarray) -> onnxruntime.OrtValue:
-        """See :class:`qsparse_export.runtimes.base.Session`."""
+        """See :class:`qsparse_export.runtimes.base.Session`; errors as of :meth:`run`."""
+        with self._failures():
+            return self._tensor(array)
+
+    def to_numpy(self, tensor: onnxruntime.OrtValue) -> np.ndarray:
+        """See :class:`qsparse_export.runtimes.base.Session`; errors as of :meth:`run`."""
+        with self._failures():
+            return tensor.numpy()
+
+    def _tensor(self, array: np.ndarray) -> onnxruntime.OrtValue:
         import onnxruntime
 
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0)
 
-    def to_numpy(self, tensor: onnxruntime.OrtValue) -> np.ndarray:
-        """See :class:`qsparse_export.runtimes.base.Session`."""
-        return tensor.numpy()
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Turns what ONNX Runtime raises inside into an error of ours."""
+        try:
+            yield
+        except Exception as error:  # a class per status code, as above
+            if self._device == "cuda" and not _is_of_arguments(error):
+                raise _gpu_failure(error) from error
+            import onnxruntime
+
+            raise BundleError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot run the graph: {error}; feed what its inputs say, or export "
+                "the bundle again"
+            ) from error
 
     def native_calls(self) -> NativeCalls:
         """See :class:`qsparse_export.runtimes.base.Session`; counts of the whole process since this session opened."""
         return subtract_calls(self._library.calls(), self._before) if self._library else {}
+
+
+def _gpu_failure(error: Exception) -> TargetError:
+    """Without the node that was at work when it showed, and the line of ONNX Runtime's source."""
+    return gpu_failure(str(error).rpartition("Status Message: ")[2].partition(" ; GPU=")[0], ON_CPU)
+
+
+def _is_of_arguments(error: Exception) -> bool:
+    """Whether a run was refused for what it was given, before it began."""
+    from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+
+    return isinstance(error, (InvalidArgument, TypeError, ValueError))

@@ -10,6 +10,7 @@ import numpy as np
 
 from qsparse_export.errors import BundleError, TargetError
 from qsparse_export.runtimes.tvm import environment
+from qsparse_export.runtimes.tvm.gpu.failures import gpu_failures
 from qsparse_export.runtimes.tvm.tensors import copied
 from qsparse_export.runtimes.tvm.weights import Weight, mapped, resident
 
@@ -25,6 +26,14 @@ class Machine(Protocol):
 
     def tensor(self, array: np.ndarray) -> Any:
         """``array`` as a tensor there."""
+        ...
+
+    def numpy(self, tensor: Any) -> np.ndarray:
+        """The values of a tensor there."""
+        ...
+
+    def copy(self, tensor: Any, into: Any) -> None:
+        """Writes the values of a tensor there over those of another one of its shape."""
         ...
 
     def call(self, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -51,6 +60,14 @@ class LocalMachine:
         """See :class:`Machine`."""
         return copied(array)
 
+    def numpy(self, tensor: Any) -> np.ndarray:
+        """See :class:`Machine`."""
+        return tensor.numpy()
+
+    def copy(self, tensor: Any, into: Any) -> None:
+        """See :class:`Machine`."""
+        into.copyfrom(tensor)
+
     def call(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """See :class:`Machine`; BundleError for inputs that the module does not take."""
         environment.use_threads(self._threads)
@@ -60,7 +77,10 @@ class LocalMachine:
 
 
 class GpuMachine:
-    """The GPU of this machine. See :class:`Machine`. Weights are copied there once; tensors stay there."""
+    """The GPU of this machine. See :class:`Machine`. Weights are copied there once; tensors stay there.
+
+    TargetError from every method where the GPU fails, or has no memory left.
+    """
 
     copies_inputs = False
 
@@ -69,19 +89,38 @@ class GpuMachine:
         self._tvm = environment.tvm()
         self._device = device
         self.runs = 0
-        machine = self._tvm.relax.VirtualMachine(self._tvm.runtime.load_module(str(library)), device)
+        with gpu_failures():
+            machine = self._tvm.relax.VirtualMachine(self._tvm.runtime.load_module(str(library)), device)
+            self._weights = list(_sent(weights, file, device, lambda _sent, _total: None))
         self._main = machine["main"]
-        self._weights = list(_sent(weights, file, device, lambda _sent, _total: None))
 
     def tensor(self, array: np.ndarray) -> Any:
         """See :class:`Machine`."""
-        return self._tvm.runtime.tensor(np.ascontiguousarray(array), self._device)
+        with gpu_failures():
+            return self._tvm.runtime.tensor(np.ascontiguousarray(array), self._device)
+
+    def numpy(self, tensor: Any) -> np.ndarray:
+        """See :class:`Machine`."""
+        with gpu_failures():
+            return tensor.numpy()
+
+    def copy(self, tensor: Any, into: Any) -> None:
+        """See :class:`Machine`."""
+        with gpu_failures():
+            into.copyfrom(tensor)
 
     def call(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """See :class:`Machine`; BundleError for inputs that the module does not take."""
-        made = _called(self._main, (*inputs, *self._weights))
+        made = _called(self._run, (*inputs, *self._weights))
         self.runs += 1
         return made
+
+    def _run(self, *arguments: Any) -> Any:
+        """Until all is done: what fails on the way is to be told here, and not by the first tensor that is freed."""
+        with gpu_failures():
+            made = self._main(*arguments)
+            self._device.sync()
+            return made
 
 
 class RemoteMachine:
@@ -124,6 +163,14 @@ class RemoteMachine:
     def tensor(self, array: np.ndarray) -> Any:
         """See :class:`Machine`."""
         return self._tvm.runtime.tensor(np.ascontiguousarray(array), self._device)
+
+    def numpy(self, tensor: Any) -> np.ndarray:
+        """See :class:`Machine`."""
+        return tensor.numpy()
+
+    def copy(self, tensor: Any, into: Any) -> None:
+        """See :class:`Machine`."""
+        into.copyfrom(tensor)
 
     def call(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """See :class:`Machine`."""

@@ -49,7 +49,9 @@ class TvmRuntime:
     tuning: Tuning = field(default_factory=Tuning)
 
     def require_target(self, target: Target) -> None:
-        """See :class:`qsparse_export.runtimes.base.Runtime`: TVM is installed, has kernels for it, and a linker is here."""
+        """See :class:`qsparse_export.runtimes.base.Runtime`: TVM is installed, has kernels for it, a linker is here, and
+        where kernels are to be measured, a device for that.
+        """
         environment.require_tvm()
         from qsparse_export.runtimes.tvm.build import linker
         from qsparse_export.targets.detect import host
@@ -66,6 +68,11 @@ class TvmRuntime:
         else:
             lanes_of(target)
         linker(target.triple, host().triple)
+        if self.tuning.trials:
+            from qsparse_export.runtimes.tvm.tuning import measuring_tracker
+
+            if tracker := measuring_tracker(target, self.tuning):
+                tracker.require_device()
 
     def with_ops(self, target: Target) -> Target:
         """See :class:`qsparse_export.runtimes.base.Runtime`: all of ours, on a GPU too, and none of ONNX Runtime's.

@@ -117,7 +117,7 @@ class TvmSession:
                 continue
             value = made[number]
             if name in results:
-                results[name].copyfrom(value)
+                self._machine.copy(value, results[name])
             else:
                 outputs[name] = value
         return outputs
@@ -128,7 +128,7 @@ class TvmSession:
 
     def to_numpy(self, tensor: Any) -> np.ndarray:
         """See :class:`qsparse_export.runtimes.base.Session`."""
-        return tensor.numpy()
+        return self._machine.numpy(tensor)
 
     def native_calls(self) -> NativeCalls:
         """See :class:`qsparse_export.runtimes.base.Session`: a compiled module has no other way to run an op of ours."""

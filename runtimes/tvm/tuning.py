@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,6 +48,8 @@ Make = Callable[..., tirx.PrimFunc]
 REPEATS = 10
 """Runs of a candidate; before each one the weights are flushed from the caches, as in a model that does not fit them."""
 TIMEOUT_SECONDS = 60
+_GRACE_SECONDS = 5  # for the server, which ends the session by itself
+_POLL_SECONDS = 0.2
 _LARGEST_RECORDS = 1000
 
 
@@ -176,7 +179,8 @@ def tune(
     """Measures candidates of each kernel that are not on record yet, one after the other, until ``trials`` of it are.
 
     ``compiler`` links the libraries; they run in a process of their own here, or on a device of the ``tracker``. A
-    candidate that fails is told and left out. TargetError when a tracker does not answer or has no such device.
+    candidate that fails is told and left out. TargetError when a tracker does not answer or has no such device, or none
+    any more; what was measured before is on record.
     """
     chosen = [
         (kernel, choice)
@@ -195,7 +199,11 @@ def tune(
             built = tvm.compile(module, target=database.target)
             built.export_library(str(library), fcompile=cc.cross_compiler(compiler))
             arguments = _arguments(module["main"])
-            result = runner.run([ms.runner.RunnerInput(str(library), "cpu", arguments)])[0].result()
+            candidate = ms.runner.RunnerInput(str(library), "cpu", arguments)
+            if tracker is None:
+                result = runner.run([candidate])[0].result()
+            else:
+                result = _run_on_farm(runner, candidate, tracker, number - 1, len(chosen))
             library.unlink()
             seconds = [float(second) for second in result.run_secs or ()]
             problem = str(result.error_msg).strip().splitlines()[-1] if result.error_msg else ""
@@ -211,6 +219,7 @@ def chosen_tilings(program: Program, target: Target, tuning: Tuning) -> tuple[Ti
     Without ``tuning.database`` the user's own is read if there is one, and written if something is measured. Raises as
     :func:`tune` and :class:`Database` do.
     """
+    tracker = measuring_tracker(target, tuning)
     lanes, cores = lanes_of(target), cores_of(target)
     folder = tuning.database or default_database()
     recorded = RecordedKernels(cores)
@@ -220,11 +229,6 @@ def chosen_tilings(program: Program, target: Target, tuning: Tuning) -> tuple[Ti
         return DefaultTilings(cores), {kernel.label: asdict(kernel.tilings[0]) for kernel in kernels}
     database = Database(folder, tvm_target(target), lanes)
     if tuning.trials:
-        if tuning.tracker is None and not runs_here(target):
-            raise TargetError(
-                f"this machine cannot measure kernels for target {target.name}: name a device with --tune-rpc HOST:PORT"
-            )
-        tracker = Tracker.parse(tuning.tracker, tuning.key or target.name) if tuning.tracker else None
         for measured in tune(kernels, database, tuning.trials, linker(target.triple, host().triple), tracker):
             if tuning.report:
                 tuning.report(measured.number, measured.total, measured.line)
@@ -240,6 +244,20 @@ def chosen_tilings(program: Program, target: Target, tuning: Tuning) -> tuple[Ti
     return TunedTilings(database, cores), table
 
 
+def measuring_tracker(target: Target, tuning: Tuning) -> Tracker | None:
+    """Who lends a device to measure on; None where nothing is measured, or this machine does it.
+
+    UsageError for an address that is none, TargetError where code for ``target`` does not run here and no tracker is named.
+    """
+    if tuning.tracker is not None:
+        return Tracker.parse(tuning.tracker, tuning.key or target.name)
+    if tuning.trials and not runs_here(target):
+        raise TargetError(
+            f"this machine cannot measure kernels for target {target.name}: name a device with --tune-rpc HOST:PORT"
+        )
+    return None
+
+
 def default_database() -> Path:
     """``$XDG_CACHE_HOME/qsparse-export/tvm-tuning``, by default in ``~/.cache``."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -250,9 +268,41 @@ def _runner(tracker: Tracker | None) -> Any:
     evaluator = ms.runner.EvaluatorConfig(number=1, repeat=REPEATS, min_repeat_ms=0, enable_cpu_cache_flush=True)
     if tracker is None:
         return ms.runner.LocalRunner(timeout_sec=TIMEOUT_SECONDS, evaluator_config=evaluator)
-    tracker.require_device()
     config = ms.runner.RPCConfig(tracker.host, tracker.port, tracker.key, session_timeout_sec=TIMEOUT_SECONDS)
     return ms.runner.RPCRunner(config, evaluator)
+
+
+def _run_on_farm(runner: Any, candidate: Any, tracker: Tracker, done: int, total: int) -> Any:
+    """MetaSchedule's result of a run on a device; its runner alone would wait for one that has died for ever.
+
+    TargetError, and the runner is of no more use, when the tracker has none left or the run does not end in its time.
+    """
+    future = None
+    end = time.monotonic() + TIMEOUT_SECONDS + _GRACE_SECONDS
+    try:
+        while future is None or not future.done():
+            tracker.require_device()
+            if time.monotonic() > end:
+                raise TargetError(
+                    f"a device {tracker.key!r} of the tracker at {tracker.host}:{tracker.port} did not finish in "
+                    f"{TIMEOUT_SECONDS} s; end what works on it, or restart its server"
+                )
+            if future is None:
+                (future,) = runner.run([candidate])
+            time.sleep(_POLL_SECONDS)
+    except TargetError as error:
+        for (
+            worker
+        ) in runner.pool._worker_map.values():  # TVM 0.27's own shutdown waits for the answer that does not come
+            if worker._proc is not None:
+                worker._proc.kill()
+        if not done:
+            raise
+        raise TargetError(
+            f"after {done} of {total} candidates: {error}; what was measured is on record, and the same command goes on from "
+            "there"
+        ) from error
+    return future.result()
 
 
 def _arguments(function: tirx.PrimFunc) -> list[Any]:

@@ -26,6 +26,12 @@ BEGIN, END = "<!-- made by tests/cuda/compiled_kernels.py -->\n", "<!-- end -->\
 ELF_MACHINE_CUDA = 190
 
 
+def kernels_in_sources() -> set[str]:
+    """Names of __global__ functions."""
+    text = "".join(path.read_text("utf-8") for path in (ROOT / "runtimes" / "cuda").glob("*.cu"))
+    return set(re.findall(r"__global__ void(?: __launch_bounds__\([^)]*\))?\s+(\w+)\(", text))
+
+
 class NoCompiler(Exception):
     """There is no nvcc; the message says what to install."""
 

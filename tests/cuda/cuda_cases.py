@@ -152,3 +152,14 @@ NAMES = {
     "sparse_matmul": "SparseMatMulNBits",
 }
 """What reports call them. TernaryMatMul is SparseTernaryMatMul of one matrix (test_ort_ops.py)."""
+
+_SELECTION = {"topk_by_warp", "topk_by_block", "rescale_rows"}
+_TERNARY = {"quantize_active", "ternary_gemv", "ternary_finish", "quantize_rows", "ternary_gemm"}
+_NBITS = {"nbits_gemv", "nbits_finish", "nbits_gemm_half", "nbits_gemm_float"}
+KERNELS = {
+    "topk": _SELECTION,
+    "quantize": {"quantize_rows<float>"},
+    "sparse_ternary": _SELECTION | _TERNARY,
+    "sparse_matmul": _SELECTION | _NBITS,
+}
+"""What the cases of each op launch: for every type that there is, where none is named."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import mmap
+import re
 import subprocess
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pytest
+from compiled_kernels import kernels_in_sources
 from kernel_call import Call, Case
 from kernel_runs import tool
 
@@ -41,7 +44,7 @@ def build_emulated_ort(with_cpu_ops: bool) -> Path:
     native, headers = library_path(), library_path().parent / "source" / "include" / "onnxruntime"
     folder = ROOT / "runtimes" / "ort"
     shared = ["api", "calls", "huge_pages", "op_kernel", "custom_ops"] + (
-        ["topk_ops", "ternary_ops"] if with_cpu_ops else []
+        ["topk_ops", "ternary_ops", "head_ops"] if with_cpu_ops else []
     )
     sources = [KERNELS / "ort_ops.cc", HERE / "no_cpu_ops.cc", *(folder / f"{name}.cc" for name in shared)]
     flags = ["-O0", "-DQSPARSE_WITH_CUDA", f"-I{folder}", f"-isystem{headers}"]
@@ -131,6 +134,22 @@ class EmulatedKernels:
         take = self.handle.emulated_take_failure
         take.restype = ctypes.c_char_p
         return take().decode()
+
+    @cached_property
+    def instances(self) -> dict[int, str]:
+        """Every kernel of every type, such as "nbits_gemv<4, float>", by its address in the library."""
+        nm = [tool("nm", "binutils"), "-C", self.handle._name]
+        listed = subprocess.run(nm, capture_output=True, text=True, check=True).stdout
+        names = "|".join(sorted(kernels_in_sources()))
+        symbol = rf"^([0-9a-f]+) t (?:void )?qsk_cuda::\(anonymous namespace\)::((?:{names})(?:<[^(]*>)?)\([^\[\n]*$"
+        return {int(address, 16): name for address, name in re.findall(symbol, listed, re.MULTILINE)}
+
+    def take_launched(self) -> set[str]:
+        """Those that were launched since the last time, but for the test's own broken ones."""
+        take = self.handle.emulated_take_launched
+        take.restype = ctypes.c_char_p
+        addresses = {int(number, 16) for number in take().split()}
+        return {name for address, name in self.instances.items() if address in addresses}
 
     def check(self, case: Case, multiprocessors: int = 4, order: int = 0) -> float:
         """Runs one case and compares it with its reference: the largest error, as a share of what is allowed."""

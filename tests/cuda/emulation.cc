@@ -2,6 +2,7 @@
 // system call.
 #include "emulation.h"
 
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,6 +12,8 @@
 #include <algorithm>
 #include <numeric>
 #include <random>
+#include <set>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -52,6 +55,7 @@ struct Fiber {
 std::string failure;
 int order_seed = 0;
 std::vector<Shared> shared_objects;
+std::set<const void*> launched;
 std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 Barrier block_barrier;
@@ -226,7 +230,8 @@ void run_grid(dim3 grid_dim, dim3 block_dim, const std::function<void()>& kernel
   }
 }
 
-void launch(dim3 grid_dim, dim3 block_dim, void* stream, const std::function<void()>& kernel) {
+void launch(const void* function, dim3 grid_dim, dim3 block_dim, void* stream, const std::function<void()>& kernel) {
+  launched.insert(function);
   if (stand_in_launch == nullptr) {
     run_grid(grid_dim, block_dim, kernel);
   } else {
@@ -314,6 +319,20 @@ extern "C" const char* emulated_take_failure() {
   static std::string taken;
   taken = std::exchange(emulated::failure, std::string());
   return taken.c_str();
+}
+
+// Of the kernels that were launched since the last time, the addresses in this library as the linker has them:
+// hexadecimal numbers with spaces between.
+extern "C" const char* emulated_take_launched() {
+  static std::string text;
+  Dl_info library = {};
+  dladdr(reinterpret_cast<const void*>(&emulated_take_launched), &library);
+  std::ostringstream numbers;
+  for (const void* function : std::exchange(emulated::launched, {})) {
+    numbers << std::hex << static_cast<const char*>(function) - static_cast<const char*>(library.dli_fbase) << ' ';
+  }
+  text = numbers.str();
+  return text.c_str();
 }
 
 // The order in which the threads of a block take turns: 0 ascending, 1 descending, beyond that shuffled.

@@ -42,8 +42,9 @@ constexpr int kMultiprocessors = 4;
 // Runs the kernel, unless something has failed before; has_failed() tells how it went.
 void run_grid(dim3 grid, dim3 threads, const std::function<void()>& kernel);
 bool has_failed();
-// The same in the order of a stream of the stand-in for CUDA, where that is loaded for all to see.
-void launch(dim3 grid, dim3 threads, void* stream, const std::function<void()>& kernel);
+// The same in the order of a stream of the stand-in for CUDA, where that is loaded for all to see; `function` is the
+// kernel's own, by which emulated_take_launched() tells it.
+void launch(const void* function, dim3 grid, dim3 threads, void* stream, const std::function<void()>& kernel);
 // Out of a kernel, also out of a signal that it has raised: the grid ends with this failure.
 [[noreturn]] void abandon(const char* failure);
 bool is_running();

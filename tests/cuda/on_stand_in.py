@@ -45,6 +45,10 @@ def placed(bundle: Path) -> dict[str, list[str]]:
 
 bundle = Bundle.load(BUNDLE)
 session = OrtRuntime(library=Path(LIBRARY), on_gpu=True).open(bundle.path, threads=1, native=True)
-generated = Generator(session, bundle.decoder_shape()).generate(PROMPT, TOKENS, stop_at_eos=False)
-report = {"tokens": len(generated.tokens), "calls": generated.native_calls, "placed": placed(bundle.path)}
+tokens = 0
+for _logits, choose in Generator(session, bundle.decoder_shape()).steps(PROMPT):
+    tokens += 1
+    if tokens < TOKENS:
+        choose(tokens)  # logits may be no numbers
+report = {"tokens": tokens, "calls": session.native_calls(), "placed": placed(bundle.path)}
 print(json.dumps(report))

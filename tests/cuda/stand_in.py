@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "onnxruntime-gpu"
 PACKAGE = "onnxruntime-gpu==1.31.1"
 """The newest on PyPI in November 2026."""
+GENAI_PACKAGE = "onnxruntime-genai-cuda==0.18.0"
 
 CUDNN = "libcudnn.so.9"
 TENSORRT = ("libnvinfer.so.10", "libnvonnxparser.so.10")
+WITHOUT_CALLS = ("libcurand.so.10", "libcublas.so.13", "libcublasLt.so.13", "libcufft.so.12")
+"""What is named as needed, and may have no function that is taken from it."""
 _PREFIXES = r"(?:__cuda|cuda|cublas|cudnn|curand|cuTensor|createInfer|createNv|getPlugin|getInfer)\w*"
 _VERSION = {"cudnnGetVersion": 92000}
 _WRITTEN = {
@@ -44,10 +47,16 @@ def packaged_provider() -> Path:
     return folder_of_wheel(PACKAGE, CACHE / "package")
 
 
-def build(package: Path) -> Path:
+def packaged_genai() -> Path:
+    """The same for onnxruntime-genai-cuda."""
+    return folder_of_wheel(GENAI_PACKAGE, CACHE.with_name("onnxruntime-genai-cuda") / "package")
+
+
+def build() -> Path:
     """The folder of libraries that stand for CUDA's; compiled again when the source is newer."""
-    capi = package / "onnxruntime" / "capi"
+    capi = packaged_provider() / "onnxruntime" / "capi"
     providers = [capi / f"libonnxruntime_providers_{name}.so" for name in ("cuda", "tensorrt")]
+    providers.append(packaged_genai() / "onnxruntime_genai" / "libonnxruntime-genai-cuda.so")
     folder = ROOT / "build" / "tests" / "cuda" / "stand_in"
     with built_once(folder, (*RUNTIME_SOURCES, *HEADERS, Path(__file__), *providers)) as is_old:
         if is_old:
@@ -61,7 +70,7 @@ def build(package: Path) -> Path:
 def _wanted(providers: list[Path]) -> dict[str, set[str]]:
     """Library to the functions that are taken from it; of cuDNN, which the first provider opens itself, all that it names."""
     wanted: dict[str, set[str]] = defaultdict(set)
-    for library in ("libcurand.so.10", DRIVER, *TENSORRT):
+    for library in (*WITHOUT_CALLS, DRIVER, *TENSORRT):
         wanted[library] = set()
     wanted[DRIVER] |= _WRITTEN.keys()
     for provider in providers:
@@ -108,6 +117,16 @@ def captured(bundle: Path, library: Path) -> list[dict[str, Any]]:
     return _printed("captured_on_stand_in.py", bundle, library)
 
 
+def generated_by_genai(bundle: Path) -> dict[str, Any]:
+    """What genai_on_stand_in.py says of ``bundle``, with the library that lies in it."""
+    return _printed("genai_on_stand_in.py", bundle)
+
+
+def qsparse_run(library: Path, *arguments: Path | str, **failing: str) -> subprocess.CompletedProcess[str]:
+    """The command with ``library`` on the GPU, however it ends; ``failing`` tells when to fail (stand_in_runtime.cc)."""
+    return _process("run_on_stand_in.py", (library, *arguments), {**environment(), **failing})
+
+
 def registered_ops() -> list[str]:
     """Ops that the provider has kernels for, ``domain::Name`` or ``Name`` of the standard domain."""
     return _printed("registered_ops.py")
@@ -115,13 +134,13 @@ def registered_ops() -> list[str]:
 
 def environment() -> dict[str, str]:
     """Of processes that find onnxruntime-gpu in place of the installed ONNX Runtime, and the stand-in for CUDA."""
-    package = packaged_provider()
-    return {**os.environ, "LD_LIBRARY_PATH": str(build(package)), "PYTHONPATH": str(package)}
+    packages = os.pathsep.join(map(str, (packaged_provider(), packaged_genai())))
+    return {**os.environ, "LD_LIBRARY_PATH": str(build()), "PYTHONPATH": packages}
 
 
 def driver_alone() -> Path:
     """A folder with the driver and no other library of CUDA."""
-    folder = build(packaged_provider())
+    folder = build()
     alone = folder.with_name("driver_alone")
     alone.mkdir(exist_ok=True)
     shutil.copy2(folder / DRIVER, alone)
@@ -142,6 +161,8 @@ def _printed(script: str, *arguments: Path) -> Any:
     return json.loads(done.stdout)
 
 
-def _process(script: str, arguments: Sequence[Path], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def _process(
+    script: str, arguments: Sequence[Path | str], environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, Path(__file__).parent / script, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -182,7 +182,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction handle, void*
     const char* value = static_cast<const char*>(values[i]);
     launch->values.emplace_back(value, value + parameters[i].bytes);
   }
-  const cudaError_t status = stand_in::perform(config->hStream, [launch] { return run(*launch); });
+  const cudaError_t status = stand_in::launch(config->hStream, [launch] { return run(*launch); });
   return status == cudaSuccess ? CUDA_SUCCESS : CUDA_ERROR_LAUNCH_FAILED;
 }
 

@@ -3,11 +3,15 @@
 //
 // For ONNX Runtime's CUDA provider stand_in.py adds every other function, as one that succeeds, so that kernels do
 // nothing. For TVM stand_in_driver.cc runs kernels; then memory is garbage at first.
+//
+// STAND_IN_MEMORY: the device's bytes. STAND_IN_FAIL_AFTER: the launch after so many is enqueued and goes wrong; as on
+// a GPU, the calls behind it tell, and no call succeeds any more.
 #include <cuda_runtime_api.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
+#include <limits>
 #include <map>
 #include <set>
 #include <sstream>
@@ -23,6 +27,7 @@ using stand_in::fail;
 using stand_in::Work;
 
 constexpr size_t kMemory = size_t{4} << 30;
+constexpr char kIsGone[] = "unspecified launch failure";  // as CUDA says
 
 struct Graph {
   std::vector<Work> works;
@@ -40,9 +45,26 @@ struct Event {
 
 std::set<Stream*> capturing;
 std::map<std::string, long> counts;
+std::map<void*, size_t> pinned;  // memory of the host's, and its bytes
 std::string first_problem, latest_problem;
 cudaError_t latest_error = cudaSuccess;
 cudaStream_t configured = nullptr;
+size_t launches = 0;
+
+size_t number_of(const char* variable, size_t otherwise) {
+  const char* text = getenv(variable);
+  return text == nullptr ? otherwise : strtoull(text, nullptr, 10);
+}
+
+size_t memory_bytes() { return number_of("STAND_IN_MEMORY", kMemory); }
+
+size_t unused_bytes() {
+  size_t used = stand_in::allocated_bytes();
+  for (const auto& [memory, bytes] : pinned) used -= bytes;
+  return memory_bytes() - used;
+}
+
+bool is_gone() { return launches > number_of("STAND_IN_FAIL_AFTER", std::numeric_limits<size_t>::max()); }
 
 template <typename Object, typename Handle>
 cudaError_t make(Handle* handle) {
@@ -56,8 +78,9 @@ Stream* stream_of(cudaStream_t handle) {
   return reinterpret_cast<Stream*>(handle);
 }
 
-// What waits, or takes memory, is forbidden while a stream captures.
+// What waits, or takes memory, needs a device, and is forbidden while a stream captures.
 cudaError_t outside_of_captures(const char* what) {
+  if (is_gone()) return fail(cudaErrorLaunchFailure, kIsGone);
   for (Stream* stream : capturing) {
     if (stream->mode == cudaStreamCaptureModeRelaxed) continue;
     stream->is_invalid = true;
@@ -92,6 +115,7 @@ cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) 
 namespace stand_in {
 
 cudaError_t perform(cudaStream_t handle, Work work) {
+  if (is_gone()) return fail(cudaErrorLaunchFailure, kIsGone);
   Stream* stream = stream_of(handle);
   if (stream != nullptr && stream->captures != nullptr) {
     stream->captures->works.push_back(std::move(work));
@@ -104,6 +128,13 @@ cudaError_t perform(cudaStream_t handle, Work work) {
   return work();
 }
 
+cudaError_t launch(cudaStream_t stream, Work kernel) {
+  return perform(stream, [kernel] {
+    ++launches;
+    return is_gone() ? cudaSuccess : kernel();
+  });
+}
+
 cudaError_t fail(cudaError_t status, const std::string& problem) {
   latest_error = status;
   latest_problem = problem;
@@ -111,7 +142,7 @@ cudaError_t fail(cudaError_t status, const std::string& problem) {
   return status;
 }
 
-const char* last_problem() { return latest_problem.c_str(); }
+const char* last_problem() { return is_gone() ? kIsGone : latest_problem.c_str(); }
 
 void count(const std::string& what) { ++counts[what]; }
 
@@ -150,7 +181,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   properties->major = 8;
   properties->minor = 9;
   properties->multiProcessorCount = 4;
-  properties->totalGlobalMem = kMemory;
+  properties->totalGlobalMem = memory_bytes();
   properties->warpSize = 32;
   properties->maxThreadsPerBlock = 1024;
   properties->maxThreadsPerMultiProcessor = 1536;
@@ -202,16 +233,16 @@ cudaError_t cudaDriverGetVersion(int* version) {
 cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
 
 cudaError_t cudaMemGetInfo(size_t* unused, size_t* total) {
-  *total = kMemory;
-  *unused = kMemory - stand_in::allocated_bytes();
+  *total = memory_bytes();
+  *unused = unused_bytes();
   return cudaSuccess;
 }
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
   const cudaError_t refused = outside_of_captures("cudaMalloc");
   if (refused != cudaSuccess) return refused;
-  *memory = stand_in::allocate(bytes, garbage());
-  if (*memory == nullptr && bytes > 0) return fail(cudaErrorMemoryAllocation, "no memory");
+  *memory = bytes <= unused_bytes() ? stand_in::allocate(bytes, garbage()) : nullptr;
+  if (*memory == nullptr && bytes > 0) return fail(cudaErrorMemoryAllocation, "out of memory");
   return cudaSuccess;
 }
 
@@ -222,9 +253,18 @@ cudaError_t cudaFree(void* memory) {
   return problem.empty() ? cudaSuccess : fail(cudaErrorInvalidValue, problem);
 }
 
-cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) { return cudaMalloc(memory, bytes); }
-cudaError_t cudaMallocHost(void** memory, size_t bytes) { return cudaMalloc(memory, bytes); }
-cudaError_t cudaFreeHost(void* memory) { return cudaFree(memory); }
+cudaError_t cudaMallocHost(void** memory, size_t bytes) {
+  const cudaError_t refused = outside_of_captures("cudaMallocHost");
+  if (refused != cudaSuccess) return refused;
+  *memory = stand_in::allocate(bytes, garbage());
+  pinned[*memory] = bytes;
+  return cudaSuccess;
+}
+cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) { return cudaMallocHost(memory, bytes); }
+cudaError_t cudaFreeHost(void* memory) {
+  pinned.erase(memory);
+  return cudaFree(memory);
+}
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   const cudaError_t refused = outside_of_captures("cudaMemcpy");
@@ -240,6 +280,7 @@ cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t byt
 }
 
 cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
+  if (is_gone()) return fail(cudaErrorLaunchFailure, kIsGone);
   memset(memory, value, bytes);
   return cudaSuccess;
 }
@@ -358,7 +399,7 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* bytes, v
 
 // Of ONNX Runtime: they do nothing.
 cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t stream) {
-  return stand_in::perform(stream, [] {
+  return stand_in::launch(stream, [] {
     stand_in::count("provider's kernels");
     return cudaSuccess;
   });
@@ -375,15 +416,19 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
 
 // Of this project, emulated: emulation.cc calls it where it is there.
 void stand_in_launch(void* stream, const std::function<void()>& kernel) {
-  stand_in::perform(static_cast<cudaStream_t>(stream), [kernel] {
+  stand_in::launch(static_cast<cudaStream_t>(stream), [kernel] {
     stand_in::count("own kernels");
     kernel();
     return cudaSuccess;
   });
 }
 
-cudaError_t cudaGetLastError() { return std::exchange(latest_error, cudaSuccess); }
-cudaError_t cudaPeekAtLastError() { return latest_error; }
+cudaError_t cudaPeekAtLastError() { return is_gone() ? cudaErrorLaunchFailure : latest_error; }
+cudaError_t cudaGetLastError() {
+  const cudaError_t latest = cudaPeekAtLastError();
+  latest_error = cudaSuccess;
+  return latest;
+}
 const char* cudaGetErrorName(cudaError_t) { return "stand-in"; }
 const char* cudaGetErrorString(cudaError_t) { return stand_in::last_problem(); }
 

@@ -14,6 +14,8 @@ using Work = std::function<cudaError_t()>;
 
 // Does it at once, or records it where the stream captures.
 cudaError_t perform(cudaStream_t stream, Work work);
+// The same of a kernel, with which the device can go away.
+cudaError_t launch(cudaStream_t stream, Work kernel);
 
 // Remembers what is wrong, for cudaGetErrorString and for take_problem, and gives `status` back.
 cudaError_t fail(cudaError_t status, const std::string& problem);

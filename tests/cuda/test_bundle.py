@@ -18,6 +18,7 @@ from evidence import EXECUTED, WHOLE_MODELS, Evidence
 
 import qsparse_export as qs
 from qsparse_export.bundle import Bundle
+from qsparse_export.cli.export import main as export_main
 from qsparse_export.cli.run import main as run_main
 from qsparse_export.config import ModelConfig
 from qsparse_export.errors import TargetError
@@ -200,7 +201,7 @@ def test_a_jetson_without_its_cuda_runtime_is_refused_with_what_to_do(monkeypatc
     refused(export, tmp_path, "cuda-sm87", reason)
 
 
-def test_a_jetson_with_it_gets_code_for_its_processor_and_its_gpu(monkeypatch, export, tmp_path):
+def test_a_jetson_with_it_gets_code_for_its_processor_and_its_gpu(monkeypatch, export, tmp_path, capsys):
     runtime = tmp_path / "runtime"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--target", runtime]
     release = re.match(r"nvcc (\d+\.\d+)", cuda_build.require_tools("cuda", host().triple, ["cuda"]).compiler_version)
@@ -217,6 +218,18 @@ def test_a_jetson_with_it_gets_code_for_its_processor_and_its_gpu(monkeypatch, e
         "the installed one, of the same sources"
     )
     assert needed_glibc(library) <= "2.35"
+    assert run_main([str(made.path), "--ids", "1"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "was made for cuda-sm87 (aarch64 linux), and this machine is x86_64 linux; export it with --target cpu" in said
+    )
+
+
+def test_a_gpu_that_has_no_target_is_refused_with_those_that_have(tmp_path, capsys):
+    assert export_main(["shape:bitnet-2b-4t,layers=1", "--target", "cuda-sm75", "-o", str(tmp_path / "out")]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"unknown target 'cuda-sm75'.*did you mean cuda-sm87 or cuda-sm\d\d or cuda-sm\d\d\?", said), said
+    assert not list(tmp_path.iterdir())
 
 
 def test_ops_without_a_cuda_kernel_are_no_native_ops_of_a_gpu(export, tmp_path):

@@ -22,14 +22,8 @@ def built() -> Build:
         pytest.fail(str(error), pytrace=False)
 
 
-def kernels_in_sources() -> set[str]:
-    """Names of __global__ functions."""
-    text = "".join(path.read_text("utf-8") for path in (ROOT / "runtimes" / "cuda").glob("*.cu"))
-    return set(re.findall(r"__global__ void(?: __launch_bounds__\([^)]*\))?\s+(\w+)\(", text))
-
-
 def test_every_kernel_is_compiled_for_every_architecture(built: Build) -> None:
-    names = kernels_in_sources()
+    names = compiled_kernels.kernels_in_sources()
     assert len(names) >= 10
     rows = resources(built.log)
     assert {row.kernel.split("<")[0] for row in rows} == names
@@ -45,7 +39,7 @@ def test_there_is_machine_code_for_every_architecture(built: Build, evidence: Re
         content = path.read_bytes()
         found[compiled_kernels.cubin_architecture(content)] += content
     for number, content in found.items():
-        missing = [name for name in kernels_in_sources() if name.encode() not in content]
+        missing = [name for name in compiled_kernels.kernels_in_sources() if name.encode() not in content]
         assert not missing, f"sm_{number} lacks {missing}"
         for op in (*cuda_cases.NAMES.values(), "TernaryMatMul"):
             evidence(Evidence(op, "CUDA", f"sm_{number}", COMPILED))

@@ -4,7 +4,8 @@ import ctypes
 
 import numpy as np
 import pytest
-from cuda_cases import NAMES, OPS
+from compiled_kernels import kernels_in_sources
+from cuda_cases import KERNELS, NAMES, OPS
 from emulated_kernels import EmulatedKernels
 from evidence import EMULATED, Evidence, Record
 from quantize_cases import Quantize
@@ -22,10 +23,21 @@ ORDERS = (0, 1, 2, 3)
 def test_cases(emulated: EmulatedKernels, op: str, evidence: Record) -> None:
     cases, least = OPS[op]
     count, share = 0, 0.0
+    emulated.take_launched()
     for count, case in enumerate(cases(np.random.default_rng(1)), 1):
         share = max(share, emulated.check(case, MULTIPROCESSORS[count % 3], ORDERS[count // 3 % 4]))
     assert count >= least
+    written = {name for name in emulated.instances.values() if {name, name.partition("<")[0]} & KERNELS[op]}
+    assert emulated.take_launched() == written
     evidence(Evidence(NAMES[op], "CUDA", "any", EMULATED, "blocks and threads on the CPU", share))
+
+
+def test_the_cases_launch_every_kernel(emulated: EmulatedKernels) -> None:
+    """Of every type: test_cases asserts that what KERNELS names is launched."""
+    names = [name.partition("<")[0] for name in emulated.instances.values()]
+    wanted = {name for name in set().union(*KERNELS.values()) if "<" not in name}
+    assert set(names) == kernels_in_sources() == wanted
+    assert KERNELS.keys() == OPS.keys() and len(names) > len(set(names)), "an instance for each type"
 
 
 @pytest.mark.parametrize(("rows", "dtype"), [(2, np.float32), (33, np.float32), (9, np.float16)])

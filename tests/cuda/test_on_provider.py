@@ -1,6 +1,7 @@
 """ONNX Runtime's own CUDA provider takes every node of our bundles, with no copy between, and gets as far as the launches."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ import qsparse_export as qs
 from qsparse_export.bench.launches import OWN, launches
 from qsparse_export.bundle import Bundle
 from qsparse_export.generate import Generator, greedy
+from qsparse_export.runtimes.ort.library import CUDA_LIBRARY_NAME
 from qsparse_export.runtimes.ort.runtime import OrtRuntime
 from qsparse_export.targets.target import op_sets
 
@@ -108,6 +110,19 @@ def test_a_step_can_be_captured(name: str, captured: Callable[[str], list[dict[s
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_genai_generates_by_the_configuration_in_the_bundle(
+    name: str, exported: Callable[[str], Bundle], tmp_path: Path
+) -> None:
+    """onnxruntime-genai-cuda, with genai_config.json as it was written; in the library that it names kernels are emulated."""
+    bundle, (_, _, calls) = tmp_path / "bundle", CASES[name]
+    shutil.copytree(exported(name).path, bundle)
+    shutil.copy(build_emulated_ort(with_cpu_ops=True), bundle / CUDA_LIBRARY_NAME)
+    report = stand_in.generated_by_genai(bundle)
+    assert (report["device"], report["tokens"]) == ("CUDA", 6)
+    assert report["calls"] == {op: {"cuda": count * 6} for op, count in calls.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_step_with_fixed_shapes_gives_the_same_logits(name: str, exported: Callable[[str], Bundle]) -> None:
     """On the CPU provider: a mask as long as the cache, zero behind the last token, so that a captured graph stays right."""
     made, prompt, room = exported(name), [1, 3, 5, 7, 9], 64
@@ -140,6 +155,40 @@ def test_in_float32_one_length_is_copied(tmp_path: Path) -> None:
     assert "Attention" in ran[GPU] and "GroupQueryAttention" not in made.manifest["placement"]["gpu"]
     assert [op for op in ran[GPU] if op.startswith("Memcpy")] == ["MemcpyFromHost"]
     assert set(ran[CPU]) <= SHAPE_ARITHMETIC | {"Sub"}
+
+
+def test_what_falls_back_to_the_cpu_is_what_the_manifest_says(tmp_path: Path) -> None:
+    """A head that the pipeline leaves to an op of ours without a CUDA kernel; with a copy each way."""
+    without = {"head": "int4", "pipeline": "default,-lower-nbits"}
+    made = qs.export(trained(BITNET), target="cuda", out=tmp_path / "bundle", verify="none", **without)
+    on_cpu = made.manifest["placement"]["cpu"]
+    assert on_cpu == {"ai.qsparse::DenseMatMulNBits": 1, "ai.qsparse::GatherNBits": 1}
+    report = stand_in.run(made.path, build_emulated_ort(with_cpu_ops=True))
+    ran = report["placed"]
+    left = [op for op in ran[CPU] if op not in SHAPE_ARITHMETIC]
+    assert left == sorted(op.rpartition(":")[2] for op in on_cpu)
+    assert {"MemcpyFromHost", "MemcpyToHost"} <= set(ran[GPU])
+    assert all("cuda" not in report["calls"][op] for op in left)
+
+
+@pytest.mark.parametrize(
+    ("when", "said"),
+    [
+        ({"STAND_IN_FAIL_AFTER": "0"}, "unspecified launch failure; look at nvidia-smi"),
+        ({"STAND_IN_FAIL_AFTER": "40"}, "unspecified launch failure; look at nvidia-smi"),
+        ({"STAND_IN_MEMORY": "1000"}, "Failed to allocate memory for requested buffer of size"),
+        ({"STAND_IN_MEMORY": "1200000"}, "Failed to allocate memory for requested buffer of size"),
+    ],
+)
+def test_a_gpu_that_fails_is_one_error(when: dict[str, str], said: str, exported: Callable[[str], Bundle]) -> None:
+    """While the model is opened, and while it runs."""
+    arguments = (exported("bitnet").path, "--ids", ",".join(["1"] * 200), "-n", "3", "--json")
+    done = stand_in.qsparse_run(build_emulated_ort(with_cpu_ops=True), *arguments, **when)
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    ours = done.stderr[done.stderr.index("error: the GPU failed: ") :]  # behind what ONNX Runtime has logged
+    text = " ".join(ours.split())
+    assert said in text and text.endswith("or run it on the CPU with --no-native (function bodies, slower)")
+    assert "Traceback" not in done.stderr and "onnxruntime_src" not in text.partition("; ")[2]
 
 
 def test_a_provider_that_cannot_start_is_said(tmp_path: Path) -> None:

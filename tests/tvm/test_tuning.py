@@ -1,15 +1,23 @@
 """Tuning: what is measured is kept, chosen and found again; devices of a tracker; what goes wrong."""
 
 import json
+import os
+import signal
+import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tvm
-from loopback_farm import farm, free_port
+from loopback_farm import farm, free_port, mortal_farm
+from test_export import CONFIGS, decoder
 
+import qsparse_export as qs
+from qsparse_export.cli.console import Stages
 from qsparse_export.cli.export import main
 from qsparse_export.errors import BundleError, TargetError, UsageError
+from qsparse_export.runtimes.tvm import tracker as tracker_module
+from qsparse_export.runtimes.tvm import tuning as tuning_module
 from qsparse_export.runtimes.tvm.kernels.dense_matmul_nbits import dense_matmul_nbits
 from qsparse_export.runtimes.tvm.kernels.sparse_ternary_matmul import sparse_ternary_matmul
 from qsparse_export.runtimes.tvm.lanes import GENERIC
@@ -136,3 +144,94 @@ def test_another_machines_kernels_are_not_measured_here(tmp_path, capsys):
     assert main(command) == 1
     assert "name a device with --tune-rpc HOST:PORT" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def export_on_a_farm(folder, address, *options):
+    """The exit code of an export that measures on the device "board" of a tracker."""
+    checkpoint = folder / "model.pt"
+    if not checkpoint.exists():
+        qs.save(decoder(CONFIGS["bitnet"]), CONFIGS["bitnet"], checkpoint)
+    farm_options = ["--tune", "2", "--tune-rpc", address, "--tune-key", "board", "--tune-db", str(folder / "db")]
+    command = [str(checkpoint), "--runtime", "tvm", "--verify", "none", "-o", str(folder / "out"), *farm_options]
+    return main([*command, *options])
+
+
+def records(folder):
+    file = folder / "db" / "database_tuning_record.json"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_a_farm_that_cannot_be_used_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    def unreachable(*_, **__):
+        raise AssertionError("a model is loaded")
+
+    def check(address, reason, code=1):
+        assert export_on_a_farm(tmp_path, address) == code
+        assert reason in " ".join(capsys.readouterr().err.split())
+        assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+    monkeypatch.setattr(tracker_module, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("qsparse_export.loader.load", unreachable)
+
+    check("nowhere", "a tracker is HOST:PORT", code=2)
+    check(f"127.0.0.1:{free_port()}", "no TVM tracker answers at 127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        check(f"127.0.0.1:{silent.getsockname()[1]}", "no TVM tracker answers at 127.0.0.1")
+    with farm(["phone"]) as tracker:
+        check(f"{tracker.host}:{tracker.port}", "has no device 'board', only phone")
+
+
+def test_a_farm_measures_for_an_export(tmp_path, capsys):
+    with farm(["board"]) as tracker:
+        assert export_on_a_farm(tmp_path, f"{tracker.host}:{tracker.port}") == 0
+    measured = [line for line in capsys.readouterr().err.splitlines() if "Tiling(" in line]
+    assert measured and not [line for line in measured if "failed" in line]
+    table = json.loads((tmp_path / "out" / "tilings.json").read_text())
+    assert sum(entry["candidates_measured"] for entry in table.values()) == len(measured) == len(records(tmp_path))
+
+
+@pytest.mark.parametrize("moment", ["between two", "within one"])
+def test_a_board_that_dies_ends_the_export_and_its_records_stay(tmp_path, moment, monkeypatch, capsys):
+    step, make_runner = Stages.step, tuning_module._runner
+    measured = []
+
+    def kill():
+        os.killpg(groups.popitem()[1], signal.SIGKILL)
+
+    def deadly_step(self, done, total, text):
+        step(self, done, total, text)
+        measured.append(text)
+        if moment == "between two":
+            kill()
+
+    class DeadlyRunner:
+        def __init__(self, tracker):
+            self.runner = make_runner(tracker)
+            self.pool = self.runner.pool
+
+        def run(self, candidates):
+            if measured:  # the tracker has just said that the board is there
+                kill()
+            return self.runner.run(candidates)
+
+    monkeypatch.setattr(Stages, "step", deadly_step)
+    monkeypatch.setattr(tuning_module, "_runner", DeadlyRunner)
+    with mortal_farm(["board"]) as (tracker, groups):
+        assert export_on_a_farm(tmp_path, f"{tracker.host}:{tracker.port}") == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert len(measured) == 1 and "failed" not in measured[0]
+    assert "after 1 of " in said and "has no device 'board', only none at all" in said
+    assert "what was measured is on record" in said and "Traceback" not in said
+    assert len(records(tmp_path)) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["db", "model.pt"]
+
+
+def test_a_board_that_never_answers_is_left(tmp_path, monkeypatch, capsys):
+    """The tracker has it, and its server does not go on: as one whose power is cut."""
+    monkeypatch.setattr(tuning_module, "TIMEOUT_SECONDS", 2)
+    monkeypatch.setattr(tuning_module, "_GRACE_SECONDS", 1)
+    with mortal_farm(["board"]) as (tracker, groups):
+        os.killpg(*groups.values(), signal.SIGSTOP)
+        assert export_on_a_farm(tmp_path, f"{tracker.host}:{tracker.port}") == 1
+    assert "did not finish in 2 s; end what works on it" in " ".join(capsys.readouterr().err.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["db", "model.pt"] and not records(tmp_path)

@@ -142,6 +142,12 @@ class StandIn:
                     done.append(Done(dict(loaded), counts))
             return done
 
+    def qsparse_run(self, *arguments: Path | str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """The installed command, however it ends; ``environment`` tells the stand-in when to fail (stand_in_runtime.cc)."""
+        command = [Path(sys.executable).with_name("qsparse-run"), *map(str, arguments)]
+        env = self.running(os.environ | environment)
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+
     def python(self, script: Path, *arguments: Path | str) -> str:
         """What a script prints in a process of its own, with the modules that this process has."""
         command = [sys.executable, "-P", str(script), *map(str, arguments)]

@@ -27,6 +27,7 @@ from qsparse_export.runtimes.base import Tuning
 from qsparse_export.runtimes.tvm import build
 from qsparse_export.runtimes.tvm.gpu import compile_gpu, device
 from qsparse_export.runtimes.tvm.gpu.cubins import cubin_architectures
+from qsparse_export.runtimes.tvm.gpu.failures import gpu_failures
 from qsparse_export.runtimes.tvm.gpu.quantize_rows import quantize_rows
 from qsparse_export.runtimes.tvm.runtime import GRAPH, MODULE, TvmRuntime
 from qsparse_export.targets.target import load_target
@@ -145,6 +146,51 @@ def test_without_a_gpu_the_bundle_says_so(model: OnStandIn, capsys: pytest.Captu
     said = " ".join(capsys.readouterr().err.split())
     assert "was compiled for NVIDIA GPUs (sm_80), and TVM finds none here" in said
     assert "--target cpu" in said
+
+
+def said_by_a_failing_gpu(model: OnStandIn, **environment: str) -> str:
+    """In place of text; TVM's own warnings left out."""
+    command = (model.bundle.path, "--ids", "1,2,3,4,5,6,7,8,9,10,11", "-n", "1", "--json")
+    done = StandIn(model.bundle.path.parent).qsparse_run(*command, **environment)
+    lines = [line for line in done.stderr.splitlines() if ": Warning: " not in line]
+    assert (done.returncode, done.stdout, lines[0][:23]) == (1, "", "error: the GPU failed: "), done.stderr
+    assert len(lines) <= 3, "one paragraph"
+    return " ".join(lines)
+
+
+@pytest.mark.parametrize("model", ["bitnet"], indirect=True)
+def test_a_gpu_that_dies_is_one_error(model: OnStandIn) -> None:
+    """While kernels are launched; and behind the last one, which nothing tells but waiting for it. Memory of a GPU that is
+    gone must not be freed: TVM ends the process where that fails.
+    """
+    launches = sum(count for name, count in model.counts(0).items() if name.endswith("_kernel"))
+    for after, failed in ((0, "CUDA"), (launches // 2, "CUDA"), (launches - 1, "CUDA Runtime Error")):
+        said = said_by_a_failing_gpu(model, STAND_IN_FAIL_AFTER=str(after))
+        assert failed in said and "unspecified launch failure" in said
+        assert "look at nvidia-smi" in said and "or export the model with --target cpu" in said
+    whole = StandIn(model.bundle.path.parent).qsparse_run(
+        model.bundle.path, "--ids", "1,2,3,4,5,6,7,8,9,10,11", "-n", "1", STAND_IN_FAIL_AFTER=str(launches)
+    )
+    assert whole.returncode == 0, whole.stderr
+
+
+@pytest.mark.parametrize("model", ["bitnet"], indirect=True)
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.5, 3])
+def test_a_gpu_without_memory_is_one_error(model: OnStandIn, share: float) -> None:
+    """For a module's constants, for weights, for caches, for what a run computes."""
+    weights = (model.bundle.path / "model.onnx.data").stat().st_size
+    said = said_by_a_failing_gpu(model, STAND_IN_MEMORY=str(int(weights * share)))
+    assert "out of memory; its memory is too small for the model and its cache" in said
+
+
+def test_what_a_module_does_not_take_is_no_failure_of_the_gpu() -> None:
+    with pytest.raises(RuntimeError, match="expected 3 dimensions"), gpu_failures():
+        raise RuntimeError("argument 1: expected 3 dimensions on cuda:0")
+    with (
+        pytest.raises(TargetError, match=r"^the GPU failed: CUDA Runtime Error: \S+ \(700\): illegal access; look at"),
+        gpu_failures(),
+    ):
+        raise RuntimeError("CUDA Runtime Error: cudaErrorIllegalAddress (700): illegal access\n grid=(1,1,1)")
 
 
 def test_an_altered_graph_is_not_compiled_for_the_cpu(model: OnStandIn, tmp_path: Path) -> None:
