@@ -14,12 +14,12 @@ _BITS = {
     onnx.TensorProto.FLOAT16: 16,
 }
 _WORD = (onnx.TensorProto.UINT32,)
-_CHANNEL_MAJOR: dict[str, dict[int, tuple[int, ...]]] = {
+_CHANNEL_MAJOR: dict[str, dict[int, tuple[onnx.TensorProto.DataType, ...]]] = {
     "SparseTernaryMatMul": {1: _WORD},
     "TernaryMatMul": {1: _WORD},
     "SparseMatMulNBits": {1: _WORD, 2: _WORD},
 }
-_OUTPUT_MAJOR: dict[int, tuple[int, ...]] = {1: _WORD, 2: (*_WORD, onnx.TensorProto.UINT16)}
+_OUTPUT_MAJOR: dict[int, tuple[onnx.TensorProto.DataType, ...]] = {1: _WORD, 2: (*_WORD, onnx.TensorProto.UINT16)}
 _WEIGHTS = {**_CHANNEL_MAJOR, "DenseMatMulNBits": _OUTPUT_MAJOR, "GatherNBits": _OUTPUT_MAJOR}
 """Op to the places of its weights and scales among the inputs, and the types that they get: the first that a row is whole in."""
 _TYPE_BITS = {onnx.TensorProto.UINT32: 8 * WORD_BYTES, onnx.TensorProto.UINT16: 16}
