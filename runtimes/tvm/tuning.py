@@ -291,11 +291,7 @@ def _run_on_farm(runner: Any, candidate: Any, tracker: Tracker, done: int, total
                 (future,) = runner.run([candidate])
             time.sleep(_POLL_SECONDS)
     except TargetError as error:
-        for (
-            worker
-        ) in runner.pool._worker_map.values():  # TVM 0.27's own shutdown waits for the answer that does not come
-            if worker._proc is not None:
-                worker._proc.kill()
+        _end(runner, future)
         if not done:
             raise
         raise TargetError(
@@ -303,6 +299,18 @@ def _run_on_farm(runner: Any, candidate: Any, tracker: Tracker, done: int, total
             "there"
         ) from error
     return future.result()
+
+
+def _end(runner: Any, future: Any) -> None:
+    """Ends the process that waits for a device; TVM 0.27's own shutdown would wait for its answer first."""
+    for worker in runner.pool._worker_map.values():
+        if worker._proc is not None:
+            worker._proc.kill()
+    end = time.monotonic() + _GRACE_SECONDS
+    while future is not None and not future.done() and time.monotonic() < end:
+        time.sleep(_POLL_SECONDS)
+    if future is None or future.done():
+        runner.pool.shutdown()
 
 
 def _arguments(function: tirx.PrimFunc) -> list[Any]:

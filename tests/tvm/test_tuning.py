@@ -190,6 +190,7 @@ def test_a_farm_measures_for_an_export(tmp_path, capsys):
     assert sum(entry["candidates_measured"] for entry in table.values()) == len(measured) == len(records(tmp_path))
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # of a pool that ends badly
 @pytest.mark.parametrize("moment", ["between two", "within one"])
 def test_a_board_that_dies_ends_the_export_and_its_records_stay(tmp_path, moment, monkeypatch, capsys):
     step, make_runner = Stages.step, tuning_module._runner
