@@ -50,7 +50,7 @@ def page(reports: Sequence[Path], benchmarks: Sequence[Path]) -> str:
             "# What was shown of each op on each backend and for each target",
             "",
             "<!-- made by samples/06_report_backends/report_backends.py -->",
-            "Made of test reports and benchmarks, not by hand:",
+            "Made of test reports and benchmarks (the latter with `--seconds 0.5`), not by hand:",
             "",
             "```",
             *(line.removeprefix("    ") for line in commands),
