@@ -14,7 +14,7 @@ from topk_cases import topk_reference
 
 from qsparse_export.formats import ternary
 
-LEAST_CASES = 70
+LEAST_CASES = 94
 
 
 class Args(ctypes.Structure):
@@ -92,6 +92,11 @@ def cases(rng: np.random.Generator) -> Iterator[SparseTernary]:
         matrices = tuple(ternary_weights(rng, n, 1024, "normal") for n in (640, 130, 130))
         for k in (300, 1024):
             yield SparseTernary(x, matrices, k, workers=2)
+    for k in (1, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 65):  # rows of several passes, sums as large as can be
+        x = np.where(rng.random((1, k)) < 0.5, -1.0, 1.0).astype(np.float32)
+        largest = np.repeat(np.sign(x), 4100, axis=0).astype(np.int8)
+        for matrices in ((largest, -largest), (largest[:2100], ternary_weights(rng, 460, k, "normal"))):
+            yield SparseTernary(x, matrices, max(1, k - k // 4), workers=1 + k % 2)
     for kind in ("normal", "equal", "ties"):  # more than bytes can count in one slice
         yield SparseTernary(magnitudes(rng, 1, 70000, kind), (ternary_weights(rng, 3, 70000, kind),), 28000)
     for kind in ("normal", "outlier", "ties"):

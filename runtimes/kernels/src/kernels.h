@@ -154,12 +154,23 @@ struct TernaryGemm {
   void (*multiply)(const TernaryTile& tile, int32_t* sums);
 };
 
+// Some active channels of one row of x, and where their weights are.
+struct TernaryRows {
+  const uint8_t* w;
+  int64_t row_bytes;
+  const int32_t* index;  // [count]
+  const int8_t* value;   // [count]
+  int64_t count;         // 0..kGemvRows
+  const int32_t* next;   // [next_count] read soon: prefetch them
+  int64_t next_count;    // at most kGemvRows
+  int16_t* partial;      // workspace: one for each of the sums, aligned to 64
+};
+
 struct TernaryKernels {
   // Sums are kept for whole blocks of this many row bytes, four int32 per byte, in the kernel's own order; 32 or 64.
   int64_t block_bytes;
-  // sums[.] += q * code over `count` channels (at most kGemvRows). The rows `next` are read soon: prefetch them.
-  void (*gemv)(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
-               const int32_t* next, int64_t next_count, int32_t* sums);
+  // sums[.] += value * code over the channels.
+  void (*gemv)(const TernaryRows& rows, int32_t* sums);
   float batch_cost;  // of a channel of a row of several that take turns; in the unit of GemmCost
   TernaryGemm gemm;
   const TernaryGemm* tables;  // for many rows; NULL: none

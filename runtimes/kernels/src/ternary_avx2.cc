@@ -9,6 +9,8 @@
 namespace qsk {
 namespace {
 
+constexpr int64_t kPartialSums = 16;  // int16 sums in a vector
+
 // Widens 16 int16 sums: the lower four of each half to sums[0..8), the upper four to the vector of the next h.
 void widen_add(int32_t* sums, __m256i v) {
   const __m256i sign = _mm256_srai_epi16(v, 15);
@@ -37,65 +39,111 @@ void add_planes(__m256i bytes, __m256i q, __m256i sums[4]) {
   add_product(_mm256_and_si256(upper, high), q, sums[3]);
 }
 
-// One group of channels: the rows that are read now, and those of the next group.
-struct Group {
-  const uint8_t* rows[kGemvRows];
-  const uint8_t* next[kGemvRows];
-  int32_t pairs[kGemvRows / 2];  // two activations, twice
+// How many rows a pass reads together, and how many rows ahead it prefetches from memory. Hardware prefetchers follow
+// few streams, and keep up where other processors use the memory too, when prefetch instructions alone do not; a row of
+// a few lines is over before they have begun.
+struct Reading {
+  int64_t rows, ahead;
+};
+constexpr Reading kLongRows = {8, 8}, kShortRows = {16, 32};
+constexpr int64_t kLongRowBytes = 2048;
+constexpr int64_t kMostPassRows = 16;
+
+struct Pass {
+  const uint8_t* rows[kMostPassRows];
+  const uint8_t* next[kMostPassRows];  // to prefetch
+  int32_t pairs[kMostPassRows / 2];    // two activations, twice
   int64_t pair_count;
 };
 
-void set_up(Group& group, const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
-            const int32_t* next, int64_t next_count) {
-  for (int64_t i = 0; i < count; ++i) group.rows[i] = w + index[i] * row_bytes;
-  if (count % 2 != 0) group.rows[count] = w + index[count - 1] * row_bytes;  // with an activation of 0
-  group.pair_count = (count + 1) / 2;
-  for (int64_t i = 0; i < group.pair_count; ++i) {
-    const uint32_t first = static_cast<uint8_t>(value[2 * i]);
-    const uint32_t second = 2 * i + 1 < count ? static_cast<uint8_t>(value[2 * i + 1]) : 0;
-    group.pairs[i] = static_cast<int32_t>((first | second << 8) * 0x10001u);
+// The rows begin..end-1 of `given`, and those `ahead` of them.
+void set_up(Pass& pass, const TernaryRows& given, int64_t begin, int64_t end, int64_t ahead) {
+  const int64_t count = end - begin, first_ahead = begin + ahead - given.count;
+  for (int64_t i = 0; i < count; ++i) pass.rows[i] = given.w + given.index[begin + i] * given.row_bytes;
+  if (count % 2 != 0) pass.rows[count] = pass.rows[count - 1];  // with an activation of 0
+  pass.pair_count = (count + 1) / 2;
+  for (int64_t i = 0; i < pass.pair_count; ++i) {
+    const int8_t* const values = given.value + begin + 2 * i;
+    const uint32_t first = static_cast<uint8_t>(values[0]);
+    const uint32_t second = 2 * i + 1 < count ? static_cast<uint8_t>(values[1]) : 0;
+    pass.pairs[i] = static_cast<int32_t>((first | second << 8) * 0x10001u);
   }
-  for (int64_t i = 0; i < kGemvRows; ++i) {  // without a next group, what is in the cache already
-    group.next[i] = i < next_count ? w + next[i] * row_bytes : group.rows[0];
-  }
+  const int32_t* const next = first_ahead < 0 ? given.index + begin + ahead : given.next + first_ahead;
+  const int64_t next_count = first_ahead < 0 ? -first_ahead : given.next_count - first_ahead;
+  const int64_t known = next_count < 2 * pass.pair_count ? next_count : 2 * pass.pair_count;
+  for (int64_t i = 0; i < known; ++i) pass.next[i] = given.w + next[i] * given.row_bytes;
+  for (int64_t i = known < 0 ? 0 : known; i < 2 * pass.pair_count; ++i) pass.next[i] = pass.rows[0];  // in the cache
 }
 
-// Adds the products of 32 bytes of all rows of the group to 128 sums. Meanwhile every step prefetches two lines: the
-// group's own next one into the first-level cache, where 32 rows would not fit, and one of the next group from memory.
+// Where the passes of a call begin and end: sums stay int16 in between.
+enum class Begins { kNo, kYes };
+enum class Ends { kNo, kYes };
+
+// Adds the products of 32 bytes of all rows of the pass to 128 sums. Meanwhile every step prefetches two lines: the
+// pass's own next one into the first-level cache, and one of a row ahead from memory.
 // kOdd: which half of a line; the rows share the prefetching among the two halves.
-template <int kOdd, bool kLastLine>
-inline __attribute__((always_inline)) void add_block(const Group& group, int64_t column, int32_t* block) {
+template <Begins kBegins, Ends kEnds, int kOdd, bool kLastLine>
+inline __attribute__((always_inline)) void add_block(const Pass& pass, int64_t column, int16_t* partial,
+                                                     int32_t* sums) {
   __m256i lower[4], upper[4];  // of the bytes 0..7 and 8..15 of each half
-  for (int p = 0; p < 4; ++p) lower[p] = upper[p] = _mm256_setzero_si256();
-  for (int64_t i = 0; i < group.pair_count; ++i) {
-    const uint8_t* const rows[2] = {group.rows[2 * i] + column, group.rows[2 * i + 1] + column};
-    const uint8_t* const next = group.next[2 * i + kOdd];
+  for (int p = 0; p < 4; ++p) {
+    lower[p] = kBegins == Begins::kYes ? _mm256_setzero_si256() : load(partial + p * kPartialSums);
+    upper[p] = kBegins == Begins::kYes ? _mm256_setzero_si256() : load(partial + (4 + p) * kPartialSums);
+  }
+  for (int64_t i = 0; i < pass.pair_count; ++i) {
+    const uint8_t* const rows[2] = {pass.rows[2 * i] + column, pass.rows[2 * i + 1] + column};
+    const uint8_t* const next = pass.next[2 * i + kOdd];
     prefetch<_MM_HINT_T0>(kLastLine ? next : rows[kOdd] + kLineBytes);
     prefetch<_MM_HINT_T1>(next + column);
     const __m256i a = load(rows[0]), b = load(rows[1]);
-    const __m256i q = _mm256_set1_epi32(group.pairs[i]);
+    const __m256i q = _mm256_set1_epi32(pass.pairs[i]);
     add_planes(_mm256_unpacklo_epi8(a, b), q, lower);
     add_planes(_mm256_unpackhi_epi8(a, b), q, upper);
   }
   for (int p = 0; p < 4; ++p) {
+    if (kEnds == Ends::kNo) {
+      store(partial + p * kPartialSums, lower[p]);
+      store(partial + (4 + p) * kPartialSums, upper[p]);
+      continue;
+    }
     const bool times4 = p % 2 != 0;
-    widen_add(block + p * kVectorSums, times4 ? _mm256_srai_epi16(lower[p], 2) : lower[p]);
-    widen_add(block + (8 + p) * kVectorSums, times4 ? _mm256_srai_epi16(upper[p], 2) : upper[p]);
+    widen_add(sums + p * kVectorSums, times4 ? _mm256_srai_epi16(lower[p], 2) : lower[p]);
+    widen_add(sums + (8 + p) * kVectorSums, times4 ? _mm256_srai_epi16(upper[p], 2) : upper[p]);
   }
 }
 
-void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
-          const int32_t* next, int64_t next_count, int32_t* sums) {
-  if (count <= 0) return;
-  Group group;
-  set_up(group, w, row_bytes, index, value, count, next, next_count);
+template <Begins kBegins, Ends kEnds>
+void add_pass(const Pass& pass, int64_t row_bytes, int16_t* partial, int32_t* sums) {
   int64_t column = 0;
-  for (; column + kLineBytes < row_bytes; column += kLineBytes, sums += 2 * kBlockSums) {
-    add_block<0, false>(group, column, sums);
-    add_block<1, false>(group, column + kBlockBytes, sums + kBlockSums);
+  for (; column + kLineBytes < row_bytes; column += kLineBytes) {
+    add_block<kBegins, kEnds, 0, false>(pass, column, partial, sums);
+    add_block<kBegins, kEnds, 1, false>(pass, column + kBlockBytes, partial + kBlockSums, sums + kBlockSums);
+    partial += 2 * kBlockSums;
+    sums += 2 * kBlockSums;
   }
-  add_block<0, true>(group, column, sums);
-  if (column + kBlockBytes < row_bytes) add_block<1, true>(group, column + kBlockBytes, sums + kBlockSums);
+  add_block<kBegins, kEnds, 0, true>(pass, column, partial, sums);
+  if (column + kBlockBytes < row_bytes) {
+    add_block<kBegins, kEnds, 1, true>(pass, column + kBlockBytes, partial + kBlockSums, sums + kBlockSums);
+  }
+}
+
+void gemv(const TernaryRows& rows, int32_t* sums) {
+  const Reading reading = rows.row_bytes < kLongRowBytes ? kShortRows : kLongRows;
+  for (int64_t begin = 0; begin < rows.count; begin += reading.rows) {
+    const int64_t end = begin + reading.rows < rows.count ? begin + reading.rows : rows.count;
+    const bool begins = begin == 0, ends = end == rows.count;
+    Pass pass = {};
+    set_up(pass, rows, begin, end, reading.ahead);
+    if (begins && ends) {
+      add_pass<Begins::kYes, Ends::kYes>(pass, rows.row_bytes, rows.partial, sums);
+    } else if (begins) {
+      add_pass<Begins::kYes, Ends::kNo>(pass, rows.row_bytes, rows.partial, sums);
+    } else if (ends) {
+      add_pass<Begins::kNo, Ends::kYes>(pass, rows.row_bytes, rows.partial, sums);
+    } else {
+      add_pass<Begins::kNo, Ends::kNo>(pass, rows.row_bytes, rows.partial, sums);
+    }
+  }
 }
 
 // Rows x 16 outputs over up to 64 quads: 64 pairs of products, at most 64 * 2 * 2 * 128 = 32768 below zero and less

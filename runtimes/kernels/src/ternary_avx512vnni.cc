@@ -91,11 +91,11 @@ void add_block(const QuadGroup& group, int64_t column, int64_t near, int32_t* bl
   }
 }
 
-void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
-          const int32_t* next, int64_t next_count, int32_t* sums) {
-  if (count <= 0) return;
+void gemv(const TernaryRows& rows, int32_t* sums) {
+  if (rows.count <= 0) return;
+  const int64_t row_bytes = rows.row_bytes;
   QuadGroup group;
-  set_up(group, w, row_bytes, index, value, count, next, next_count);
+  set_up(group, rows);
   int64_t column = 0;
   for (; column + kBlockBytes <= row_bytes; column += kBlockBytes, sums += kBlockSums) {
     const int64_t near = column + kBlockBytes < row_bytes ? column + kBlockBytes : column;

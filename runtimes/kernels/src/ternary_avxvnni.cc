@@ -64,11 +64,11 @@ inline __attribute__((always_inline)) void add_half_block(const QuadGroup& group
   }
 }
 
-void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
-          const int32_t* next, int64_t next_count, int32_t* sums) {
-  if (count <= 0) return;
+void gemv(const TernaryRows& rows, int32_t* sums) {
+  if (rows.count <= 0) return;
+  const int64_t row_bytes = rows.row_bytes;
   QuadGroup group;
-  set_up(group, w, row_bytes, index, value, count, next, next_count);
+  set_up(group, rows);
   for (int64_t column = 0; column < row_bytes; column += kLineBytes, sums += 2 * kBlockSums) {
     const int64_t near = column + kLineBytes < row_bytes ? column + kLineBytes : column;
     add_half_block<0, 0>(group, column, near, sums);

@@ -14,9 +14,10 @@ void add_row(const uint8_t* row, int64_t bytes, int32_t q, int32_t* sums) {
   }
 }
 
-void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count, const int32_t*,
-          int64_t, int32_t* sums) {
-  for (int64_t i = 0; i < count; ++i) add_row(w + index[i] * row_bytes, row_bytes, value[i], sums);
+void gemv(const TernaryRows& rows, int32_t* sums) {
+  for (int64_t i = 0; i < rows.count; ++i) {
+    add_row(rows.w + rows.index[i] * rows.row_bytes, rows.row_bytes, rows.value[i], sums);
+  }
 }
 
 void gemm(const TernaryTile& tile, int32_t* sums) {

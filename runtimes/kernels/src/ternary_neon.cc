@@ -14,22 +14,22 @@ void widen_add(int32_t* sums, int16x8_t v) {
   add_to(sums + 16, vmovl_high_s16(v));
 }
 
-void gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
-          const int32_t* next, int64_t next_count, int32_t* sums) {
+void gemv(const TernaryRows& given, int32_t* sums) {
+  const int64_t row_bytes = given.row_bytes;
   const uint8_t* rows[kGemvRows];
-  for (int64_t i = 0; i < count; ++i) rows[i] = w + index[i] * row_bytes;
+  for (int64_t i = 0; i < given.count; ++i) rows[i] = given.w + given.index[i] * row_bytes;
   const uint8x16_t low = vdupq_n_u8(0x03), high = vdupq_n_u8(0x0c);
   for (int64_t column = 0; column < row_bytes; column += kHalfBytes) {
     if (column % 64 == 0) {
-      for (int64_t i = 0; i < next_count; ++i) __builtin_prefetch(w + next[i] * row_bytes + column);
+      for (int64_t i = 0; i < given.next_count; ++i) __builtin_prefetch(given.w + given.next[i] * row_bytes + column);
     }
     int16x8_t lower[4], upper[4];  // of the bytes 0..7 and 8..15
     for (int p = 0; p < 4; ++p) lower[p] = upper[p] = vdupq_n_s16(0);
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < given.count; ++i) {
       const uint8x16_t bytes = vld1q_u8(rows[i] + column);
       const uint8x16_t codes[4] = {vandq_u8(bytes, low), vandq_u8(bytes, high), vandq_u8(vshrq_n_u8(bytes, 4), low),
                                    vshrq_n_u8(bytes, 6)};
-      const int8x16_t q = vdupq_n_s8(value[i]);
+      const int8x16_t q = vdupq_n_s8(given.value[i]);
       for (int p = 0; p < 4; ++p) {
         lower[p] = vmlal_s8(lower[p], vreinterpret_s8_u8(vget_low_u8(codes[p])), vget_low_s8(q));
         upper[p] = vmlal_high_s8(upper[p], vreinterpretq_s8_u8(codes[p]), q);

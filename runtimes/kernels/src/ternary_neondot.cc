@@ -12,17 +12,19 @@ int32x4_t dot(int32x4_t sum, uint8x16_t codes, int8x16_t q) { return vdotq_s32(s
 
 }  // namespace
 
-void ternary_neondot_gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
-                          const int32_t* next, int64_t next_count, int32_t* sums) {
+void ternary_neondot_gemv(const TernaryRows& given, int32_t* sums) {
+  const int64_t row_bytes = given.row_bytes, count = given.count;
   const uint8_t* rows[kGemvRows];
   int8_t activations[kGemvRows] = {};
-  memcpy(activations, value, count);
+  memcpy(activations, given.value, count);
   const int64_t quad_count = (count + 3) / 4;
-  for (int64_t i = 0; i < 4 * quad_count; ++i) rows[i] = w + index[i < count ? i : count - 1] * row_bytes;
+  for (int64_t i = 0; i < 4 * quad_count; ++i) {
+    rows[i] = given.w + given.index[i < count ? i : count - 1] * row_bytes;
+  }
   const uint8x16_t mask0 = vdupq_n_u8(0x03), mask1 = vdupq_n_u8(0x0c), mask2 = vdupq_n_u8(0x30);
   for (int64_t column = 0; column < row_bytes; column += kHalfBytes) {
     if (column % 64 == 0) {
-      for (int64_t i = 0; i < next_count; ++i) __builtin_prefetch(w + next[i] * row_bytes + column);
+      for (int64_t i = 0; i < given.next_count; ++i) __builtin_prefetch(given.w + given.next[i] * row_bytes + column);
     }
     int32x4_t products[4][4];  // [h][plane]
     for (auto& planes : products) {

@@ -7,8 +7,7 @@
 namespace qsk {
 
 // As TernaryKernels::gemv.
-void ternary_neondot_gemv(const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value, int64_t count,
-                          const int32_t* next, int64_t next_count, int32_t* sums);
+void ternary_neondot_gemv(const TernaryRows& rows, int32_t* sums);
 
 namespace {
 

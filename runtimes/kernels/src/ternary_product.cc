@@ -49,6 +49,7 @@ struct Workspace {
   Active batch[kBatchRows];  // those of each row of a batch
   int32_t* sums;             // [workers, sums_stride]
   int64_t sums_stride;
+  int16_t* partial;       // [workers, padded outputs]
   bool* is_filled;        // [workers] which of them had a piece
   const int32_t** parts;  // [workers] the sums of those
   uint8_t* gemm;          // [workers, gemm_bytes]
@@ -109,6 +110,7 @@ Workspace lay_out(const TernaryProduct& args, int64_t workers, void* base) {
   const int64_t tile_stride = has_tables ? kTableTile.sums_stride : kGemmTile.sums_stride;
   if (several) work.sums_stride = max_of(work.sums_stride, min_of(kGemmTileRows, args.m) * tile_stride);
   work.sums = scratch.take<int32_t>(workers * work.sums_stride);
+  work.partial = scratch.take<int16_t>(workers * padded_outputs);
   work.is_filled = scratch.take<bool>(workers);
   work.parts = scratch.take<const int32_t*>(workers);
   work.gemm_bytes = has_tables ? max_of(kTableWorkspaceBytes, kGemmCodesBytes) : kGemmCodesBytes;
@@ -202,6 +204,18 @@ void finish(const Call& call, const Sums& sums, int64_t row, int64_t end, float*
   }
 }
 
+// The rows of weights of `count` active channels from `begin` on.
+TernaryRows rows_of(const Call& call, const Active& active, int64_t begin, int64_t count, int64_t worker) {
+  TernaryRows rows = {};
+  rows.w = call.args.w;
+  rows.row_bytes = call.row_bytes;
+  rows.index = active.index + begin;
+  rows.value = active.value + begin;
+  rows.count = count;
+  rows.partial = call.work.partial + worker * call.padded_outputs;
+  return rows;
+}
+
 // Takes pieces of the active channels until none is left and adds their rows to this worker's sums.
 void add_pieces(const Call& call, const Active& active, int64_t piece_channels, Pieces& pieces, int64_t worker) {
   int64_t piece = pieces.take();
@@ -216,9 +230,10 @@ void add_pieces(const Call& call, const Active& active, int64_t piece_channels, 
       const int64_t count = min_of(kGemvRows, end - begin);
       int64_t next = begin + count;
       if (next >= end) next = next_piece >= 0 ? next_piece * piece_channels : active.count;
-      const int64_t next_count = min_of(kGemvRows, active.count - next);
-      call.variant.ternary->gemv(call.args.w, call.row_bytes, active.index + begin, active.value + begin, count,
-                                 active.index + next, next_count, sums);
+      TernaryRows rows = rows_of(call, active, begin, count, worker);
+      rows.next = active.index + next;
+      rows.next_count = min_of(kGemvRows, active.count - next);
+      call.variant.ternary->gemv(rows, sums);
     }
     piece = next_piece;
   }
@@ -355,11 +370,11 @@ void add_batch_pieces(const Call& call, const Active* batch, int64_t rows, const
       const Active& active = batch[row];
       const int64_t end = position_of(active, (piece + 1) * piece_channels);
       for (int64_t begin = position_of(active, piece * piece_channels); begin < end; begin += kGemvRows) {
-        const int64_t ahead_count = min_of(kGemvRows, ahead_end - ahead);
-        call.variant.ternary->gemv(call.args.w, call.row_bytes, active.index + begin, active.value + begin,
-                                   min_of(kGemvRows, end - begin), any.index + ahead, ahead_count,
-                                   sums + row * call.padded_outputs);
-        ahead += ahead_count;
+        TernaryRows channels = rows_of(call, active, begin, min_of(kGemvRows, end - begin), worker);
+        channels.next = any.index + ahead;
+        channels.next_count = min_of(kGemvRows, ahead_end - ahead);
+        call.variant.ternary->gemv(channels, sums + row * call.padded_outputs);
+        ahead += channels.next_count;
       }
     }
     piece = next_piece;

@@ -15,15 +15,14 @@ struct QuadGroup {
   int64_t quad_count;
 };
 
-inline void set_up(QuadGroup& group, const uint8_t* w, int64_t row_bytes, const int32_t* index, const int8_t* value,
-                   int64_t count, const int32_t* next, int64_t next_count) {
-  group.quad_count = (count + 3) / 4;
+inline void set_up(QuadGroup& group, const TernaryRows& rows) {
+  group.quad_count = (rows.count + 3) / 4;
   for (int64_t i = 0; i < 4 * group.quad_count; ++i) {
-    group.rows[i] = w + index[i < count ? i : count - 1] * row_bytes;
-    group.activations[i] = i < count ? value[i] : 0;
+    group.rows[i] = rows.w + rows.index[i < rows.count ? i : rows.count - 1] * rows.row_bytes;
+    group.activations[i] = i < rows.count ? rows.value[i] : 0;
   }
   for (int64_t i = 0; i < kGemvRows; ++i) {  // without a next group, what is in the cache already
-    group.next[i] = i < next_count ? w + next[i] * row_bytes : group.rows[0];
+    group.next[i] = i < rows.next_count ? rows.w + rows.next[i] * rows.row_bytes : group.rows[0];
   }
 }
 
