@@ -1,6 +1,8 @@
 // The kernels of integer codes times activations, in terms of the vectors of float_rows.h and of eight-lane I8
 // (int32_t) and W, 16 bits of each word of two rows, with the operations
-//   pair_low(a, b) pair_high(a, b): the lower and upper halves of the eight words at a and at b
+//   pair_first(a, b) pair_second(a, b): the halves of the eight words at a and at b, in two vectors
+//   lower_halves(first, second) upper_halves(first, second): the sums of pair_first's and pair_second's in the order of
+//   the words, those of their lower halves and those of their upper ones
 //   flip16(w, bits) mask16(w, bits) down8(w): each half's upper byte     of W
 //   fixed_pair(pair): two int16 for every lane     of an int32
 //   splat_int(x) load_int(p) store_int(p, v) madd(sums, w, d): sums + w of a * first digit + w of b * second
@@ -67,7 +69,7 @@ struct CodeRows {
   const FloatRows& rows;
   Unit unit;
   int32_t sum;
-  int16_t values[kCodeRows + 1];  // and a 0; set_up writes what is read
+  int16_t values[kCodeRows];  // set_up writes what is read
 };
 
 inline void set_up(CodeRows& codes) {
@@ -86,63 +88,109 @@ inline void set_up(CodeRows& codes) {
     codes.values[i] = fixed_of(rows.value[i], codes.unit);
     codes.sum += codes.values[i];
   }
-  codes.values[rows.count] = 0;
 }
 
-// One pass over at most kFloatRows rows, in pairs: those from `begin` on. Sums of a call stay integers until its last
-// pass, which adds scale * value * weight to `sums`.
-template <int Bits, int Pairs>
-void add_pass(const CodeRows& codes, int64_t begin, float* sums) {
+// Rows that a pass reads together, and what it prefetches meanwhile: the next rows, or all lines from the first to the
+// last of them.
+struct CodePass {
+  const uint8_t* rows[kFloatRows];
+  int32_t pairs[kFloatRows / 2];  // two activations
+  int64_t pair_count;
+  const uint8_t* next[kFloatRows];
+  int64_t next_count;
+  const uint8_t* lines;
+  int64_t lines_per_step;
+};
+
+// Rows of a few lines are over before a hardware prefetcher has begun. Where enough of them are active, fetching all in
+// one stream takes less time than fetching these alone.
+constexpr int64_t kShortRowBytes = 1024;
+constexpr int64_t kMostFetchedPerRow = 9;  // quarters of a row for each active one
+
+// The rows begin..end-1 of a call.
+inline void set_up(CodePass& pass, const CodeRows& codes, int64_t begin, int64_t end) {
+  const FloatRows& rows = codes.rows;
+  const int64_t count = end - begin, left = rows.count - end;
+  for (int64_t i = 0; i < count; ++i) pass.rows[i] = rows.w + rows.index[begin + i] * rows.row_bytes;
+  if (count % 2 != 0) pass.rows[count] = pass.rows[count - 1];  // with an activation of 0
+  pass.pair_count = (count + 1) / 2;
+  for (int64_t i = 0; i < pass.pair_count; ++i) {
+    const auto first = static_cast<uint16_t>(codes.values[begin + 2 * i]);
+    const auto second = 2 * i + 1 < count ? static_cast<uint16_t>(codes.values[begin + 2 * i + 1]) : uint16_t{0};
+    pass.pairs[i] = static_cast<int32_t>(first | static_cast<uint32_t>(second) << 16);
+  }
+  const int64_t known = left + rows.next_count;
+  pass.next_count = known < kFloatRows ? known : kFloatRows;
+  for (int64_t i = 0; i < pass.next_count; ++i) {
+    pass.next[i] = rows.w + (i < left ? rows.index[end + i] : rows.next[i - left]) * rows.row_bytes;
+  }
+  pass.lines_per_step = 0;
+  if (rows.row_bytes >= kShortRowBytes || pass.next_count == 0) return;
+  const int64_t span = pass.next[pass.next_count - 1] - pass.next[0] + rows.row_bytes;
+  if (span < 0 || 4 * span > kMostFetchedPerRow * pass.next_count * rows.row_bytes) return;
+  const int64_t steps = (rows.row_bytes + kLineBytes - 1) / kLineBytes;
+  pass.lines = pass.next[0];
+  pass.lines_per_step = span / kLineBytes / steps + 1;
+  pass.next_count = 0;
+}
+
+// Where the passes of a call begin and end: sums stay integers in between.
+enum class Begins { kNo, kYes };
+enum class Ends { kNo, kYes };
+
+// Adds the codes of 32 bytes of all rows of the pass to the outputs from `first` on. The last pass of a call adds
+// scale * value * weight to `sums`.
+template <int Bits, Begins kBegins, Ends kEnds>
+void add_step(const CodeRows& codes, const CodePass& pass, int64_t first, int64_t byte, const float* units,
+              float* sums) {
   constexpr int kHalf = HalfPlanes<Bits>::kCount;
-  constexpr int64_t kOutputs = 2 * kLanes * kHalf;
   constexpr int32_t kZero = 1 << (Bits - 1);
   const FloatRows& rows = codes.rows;
-  const uint8_t* row[2 * Pairs];
-  int32_t pair[Pairs];
-  for (int i = 0; i < Pairs; ++i) {
-    const int64_t first = begin + 2 * i,
-                  second = first + 1 < rows.count ? first + 1 : first;  // with an activation of 0
-    row[2 * i] = rows.w + rows.index[first] * rows.row_bytes;
-    row[2 * i + 1] = rows.w + rows.index[second] * rows.row_bytes;
-    pair[i] = static_cast<int32_t>(static_cast<uint32_t>(static_cast<uint16_t>(codes.values[first])) |
-                                   static_cast<uint32_t>(static_cast<uint16_t>(codes.values[first + 1])) << 16);
+  I8 part[2 * kHalf];
+  QSK_UNROLL
+  for (int p = 0; p < 2 * kHalf; ++p) {
+    part[p] = kBegins == Begins::kYes ? splat_int(-kZero * HalfPlanes<Bits>::factor(p) * codes.sum)
+                                      : load_int(rows.partial + first + p * kLanes);
   }
-  const bool is_first = begin == 0, is_last = begin + 2 * Pairs >= rows.count;
-  const uint8_t* ahead[kFloatRows];
-  const int64_t left = rows.count - begin - 2 * Pairs;
-  const int64_t ahead_count = left > 0 ? (left < kFloatRows ? left : kFloatRows) : rows.next_count;
-  const int32_t* ahead_index = left > 0 ? rows.index + begin + 2 * Pairs : rows.next;
-  for (int64_t i = 0; i < ahead_count; ++i) ahead[i] = rows.w + ahead_index[i] * rows.row_bytes;
-
-  for (int64_t first = 0, byte = 0; first < rows.outputs; first += kOutputs, byte += 32) {
-    if (byte % kLineBytes == 0) {
-      for (int64_t i = 0; i < ahead_count; ++i) __builtin_prefetch(ahead[i] + byte, 0, 2);
-    }
-    I8 part[2 * kHalf];
-    QSK_UNROLL
-    for (int p = 0; p < 2 * kHalf; ++p) {
-      part[p] = is_first ? splat_int(-kZero * HalfPlanes<Bits>::factor(p) * codes.sum)
-                         : load_int(rows.partial + first + p * kLanes);
-    }
-    QSK_UNROLL
-    for (int i = 0; i < Pairs; ++i) {
-      const uint8_t *a = row[2 * i] + byte, *b = row[2 * i + 1] + byte;
-      const D values = fixed_pair(pair[i]);
-      add_planes<Bits>(pair_low(a, b), values, part);
-      add_planes<Bits>(pair_high(a, b), values, part + kHalf);
-    }
-    if (!is_last) {
-      QSK_UNROLL
-      for (int p = 0; p < 2 * kHalf; ++p) store_int(rows.partial + first + p * kLanes, part[p]);
+  for (int64_t i = 0; i < pass.pair_count; ++i) {
+    const uint8_t *a = pass.rows[2 * i] + byte, *b = pass.rows[2 * i + 1] + byte;
+    const D values = fixed_pair(pass.pairs[i]);
+    add_planes<Bits>(pair_first(a, b), values, part);
+    add_planes<Bits>(pair_second(a, b), values, part + kHalf);
+  }
+  QSK_UNROLL
+  for (int p = 0; p < 2 * kHalf; ++p) {
+    const int64_t output = first + p * kLanes;
+    if (kEnds == Ends::kNo) {
+      store_int(rows.partial + output, part[p]);
       continue;
     }
-    QSK_UNROLL
-    for (int p = 0; p < 2 * kHalf; ++p) {
-      float* out = sums + first + p * kLanes;
-      const float unit = codes.unit.from_fixed / static_cast<float>(HalfPlanes<Bits>::factor(p));
-      const F8 product = mul(mul(from_int(part[p]), splat(unit)), load_half(rows.scales + first + p * kLanes));
-      store(out, add(load(out), product));
+    const I8 whole = p < kHalf ? lower_halves(part[p], part[kHalf + p]) : upper_halves(part[p - kHalf], part[p]);
+    const F8 unit = load(units + (HalfPlanes<Bits>::factor(p) == 1 ? 0 : kLanes));
+    const F8 product = mul(mul(from_int(whole), unit), load_half(rows.scales + output));
+    store(sums + output, add(load(sums + output), product));
+  }
+}
+
+template <int Bits, Begins kBegins, Ends kEnds>
+void add_pass(const CodeRows& codes, const CodePass& pass, float* sums) {
+  constexpr int64_t kOutputs = 2 * kLanes * HalfPlanes<Bits>::kCount;
+  const FloatRows& rows = codes.rows;
+  alignas(32) float units[2 * kLanes];  // of planes times 1, and times 16
+  for (int64_t i = 0; i < kLanes; ++i) {
+    units[i] = codes.unit.from_fixed;
+    units[kLanes + i] = codes.unit.from_fixed / 16.0f;
+  }
+  const uint8_t* lines = pass.lines;
+  for (int64_t first = 0, byte = 0; first < rows.outputs; first += kOutputs, byte += 32) {
+    if (byte % kLineBytes == 0) {
+      for (int64_t i = 0; i < pass.next_count; ++i) __builtin_prefetch(pass.next[i] + byte, 0, 2);
+      for (int64_t i = 0; i < pass.lines_per_step; ++i, lines += kLineBytes) __builtin_prefetch(lines, 0, 2);
     }
+    if (kEnds == Ends::kYes && rows.next_scales != nullptr) {
+      for (int64_t i = 0; i < kOutputs; i += kLineBytes / 2) __builtin_prefetch(rows.next_scales + first + i, 0, 2);
+    }
+    add_step<Bits, kBegins, kEnds>(codes, pass, first, byte, units, sums);
   }
 }
 
@@ -151,18 +199,18 @@ void add_codes(const FloatRows& rows, float* sums) {
   CodeRows codes(rows);
   set_up(codes);
   for (int64_t begin = 0; begin < rows.count; begin += kFloatRows) {
-    switch ((rows.count - begin + 1) / 2) {
-      case 1:
-        add_pass<Bits, 1>(codes, begin, sums);
-        break;
-      case 2:
-        add_pass<Bits, 2>(codes, begin, sums);
-        break;
-      case 3:
-        add_pass<Bits, 3>(codes, begin, sums);
-        break;
-      default:
-        add_pass<Bits, 4>(codes, begin, sums);
+    const int64_t end = begin + kFloatRows < rows.count ? begin + kFloatRows : rows.count;
+    const bool begins = begin == 0, ends = end == rows.count;
+    CodePass pass = {};
+    set_up(pass, codes, begin, end);
+    if (begins && ends) {
+      add_pass<Bits, Begins::kYes, Ends::kYes>(codes, pass, sums);
+    } else if (begins) {
+      add_pass<Bits, Begins::kYes, Ends::kNo>(codes, pass, sums);
+    } else if (ends) {
+      add_pass<Bits, Begins::kNo, Ends::kYes>(codes, pass, sums);
+    } else {
+      add_pass<Bits, Begins::kNo, Ends::kNo>(codes, pass, sums);
     }
   }
 }

@@ -40,12 +40,14 @@ using W = __m256i;
 using D = __m256i;
 using H16 = __m256i;
 
-W pair_low(const uint8_t* a, const uint8_t* b) {
-  return _mm256_blend_epi16(load_words(a), _mm256_slli_epi32(load_words(b), 16), 0xaa);
+W pair_first(const uint8_t* a, const uint8_t* b) { return _mm256_unpacklo_epi16(load_words(a), load_words(b)); }
+W pair_second(const uint8_t* a, const uint8_t* b) { return _mm256_unpackhi_epi16(load_words(a), load_words(b)); }
+template <int kLanesOfBoth>
+I8 shuffle(I8 a, I8 b) {
+  return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), kLanesOfBoth));
 }
-W pair_high(const uint8_t* a, const uint8_t* b) {
-  return _mm256_blend_epi16(_mm256_srli_epi32(load_words(a), 16), load_words(b), 0xaa);
-}
+I8 lower_halves(I8 first, I8 second) { return shuffle<0x88>(first, second); }
+I8 upper_halves(I8 first, I8 second) { return shuffle<0xdd>(first, second); }
 W flip16(W w, uint32_t bits) { return _mm256_xor_si256(w, _mm256_set1_epi16(static_cast<int16_t>(bits))); }
 W mask16(W w, uint32_t bits) { return _mm256_and_si256(w, _mm256_set1_epi16(static_cast<int16_t>(bits))); }
 W down8(W w) { return _mm256_srli_epi16(w, 8); }
@@ -54,11 +56,13 @@ I8 splat_int(int32_t x) { return _mm256_set1_epi32(x); }
 I8 load_int(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 void store_int(int32_t* p, I8 v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 I8 madd(I8 sums, W w, D d) {
-  sums = _mm256_add_epi32(sums, _mm256_madd_epi16(w, d));
+  const __m256i products = _mm256_madd_epi16(w, d);
 #if defined(__GNUC__)
-  __asm__("" : "+x"(sums));  // GCC 12 would keep it in memory: see ternary_avx2.cc
-#endif
+  __asm__("vpaddd %1, %0, %0" : "+x"(sums) : "x"(products));  // see add_product in ternary_avx2.cc
   return sums;
+#else
+  return _mm256_add_epi32(sums, products);
+#endif
 }
 F8 from_int(I8 v) { return _mm256_cvtepi32_ps(v); }
 I8 add_pairs(I8 a, I8 b) { return _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)); }

@@ -92,8 +92,8 @@ struct H16 {
   uint16_t lane[16];
 };
 
-W pair_low(const uint8_t* a, const uint8_t* b) { return {mask(load_words(a), 0xffff), mask(load_words(b), 0xffff)}; }
-W pair_high(const uint8_t* a, const uint8_t* b) { return {upper(load_words(a)), upper(load_words(b))}; }
+W pair_first(const uint8_t* a, const uint8_t* b) { return {mask(load_words(a), 0xffff), mask(load_words(b), 0xffff)}; }
+W pair_second(const uint8_t* a, const uint8_t* b) { return {upper(load_words(a)), upper(load_words(b))}; }
 W flip16(const W& w, uint32_t bits) { return {flip(w.a, bits), flip(w.b, bits)}; }
 W mask16(const W& w, uint32_t bits) { return {mask(w.a, bits), mask(w.b, bits)}; }
 W down8(W w) {
@@ -102,6 +102,8 @@ W down8(W w) {
   return w;
 }
 D fixed_pair(int32_t pair) { return {static_cast<int16_t>(pair), pair >> 16}; }
+I8 lower_halves(const I8& first, const I8&) { return first; }
+I8 upper_halves(const I8&, const I8& second) { return second; }
 I8 splat_int(int32_t x) { return {{x, x, x, x, x, x, x, x}}; }
 I8 load_int(const int32_t* p) {
   I8 v;

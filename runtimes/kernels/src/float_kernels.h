@@ -12,14 +12,15 @@ enum WeightType { kFloat32Weights, kFloat16Weights, kInt8Weights, kInt4Weights, 
 struct FloatRows {
   const uint8_t* w;
   int64_t row_bytes;
-  const uint16_t* scales;  // float16 [outputs], of the group that all these channels belong to; integers only
-  const int32_t* index;    // [count]
-  const float* value;      // [count]
-  int64_t count;           // 1..kFloatRows, for integers 1..kCodeRows
-  const int32_t* next;     // [next_count] read soon: prefetch them
-  int64_t next_count;      // at most kFloatRows
-  int32_t* partial;        // [outputs] workspace, aligned to 32; integers only
-  int64_t outputs;         // of a row, with padding: a multiple of 64 for integer weights
+  const uint16_t* scales;       // float16 [outputs], of the group that all these channels belong to; integers only
+  const int32_t* index;         // [count]
+  const float* value;           // [count]
+  int64_t count;                // 1..kFloatRows, for integers 1..kCodeRows
+  const int32_t* next;          // [next_count] read soon: prefetch them
+  int64_t next_count;           // at most kFloatRows
+  const uint16_t* next_scales;  // as scales, of the first of them; NULL: none
+  int32_t* partial;             // [outputs] workspace, aligned to 32; integers only
+  int64_t outputs;              // of a row, with padding: a multiple of 64 for integer weights
 };
 // Rows that a kernel passes over at a time: with more streams than that, pages and hardware prefetchers run out (16
 // rows take 1.1 times, 32 rows 1.5 times as long out of memory).

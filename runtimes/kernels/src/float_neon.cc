@@ -64,13 +64,15 @@ struct H16 {
   uint16x8_t low, high;
 };
 
-W pair_low(const uint8_t* a, const uint8_t* b) { return {mask(load_words(a), 0xffff), mask(load_words(b), 0xffff)}; }
-W pair_high(const uint8_t* a, const uint8_t* b) { return {upper(load_words(a)), upper(load_words(b))}; }
+W pair_first(const uint8_t* a, const uint8_t* b) { return {mask(load_words(a), 0xffff), mask(load_words(b), 0xffff)}; }
+W pair_second(const uint8_t* a, const uint8_t* b) { return {upper(load_words(a)), upper(load_words(b))}; }
 W flip16(W w, uint32_t bits) { return {flip(w.a, bits), flip(w.b, bits)}; }
 W mask16(W w, uint32_t bits) { return {mask(w.a, bits), mask(w.b, bits)}; }
 U8 down8(U8 v) { return {vshrq_n_u32(v.low, 8), vshrq_n_u32(v.high, 8)}; }
 W down8(W w) { return {down8(w.a), down8(w.b)}; }
 D fixed_pair(int32_t pair) { return {static_cast<int16_t>(pair), pair >> 16}; }
+I8 lower_halves(I8 first, I8) { return first; }
+I8 upper_halves(I8, I8 second) { return second; }
 I8 splat_int(int32_t x) { return {vdupq_n_s32(x), vdupq_n_s32(x)}; }
 I8 load_int(const int32_t* p) { return {vld1q_s32(p), vld1q_s32(p + 4)}; }
 void store_int(int32_t* p, I8 v) {

@@ -250,6 +250,7 @@ void add_channels(const Call& call, const Active& active, int64_t begin, int64_t
     rows.count = next - begin;
     rows.next = active.index + next;
     rows.next_count = min_of(kFloatRows, active.count - next);
+    rows.next_scales = next < end ? plan.scales(active.index[next]) : nullptr;
     call.variant.floats->add[plan.weights](rows, sums);
     begin = next;
   }
