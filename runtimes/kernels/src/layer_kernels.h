@@ -40,7 +40,7 @@ struct LayerKernels {
   // y = relu(gate)^2 * up, and silu(gate) * up.
   void (*gated_relu2)(const float* gate, const float* up, int64_t n, float* y);
   void (*gated_silu)(const float* gate, const float* up, int64_t n, float* y);
-  void (*add)(const float* x, const float* residual, int64_t n, float* y);
+  void (*add)(const float* x, const float* residual, int64_t n, float* y);  // y may be x
   float (*square_sum)(const float* x, int64_t n);
   void (*scale)(const float* x, const float* weight, int64_t n, float factor, float* y);  // (x * factor) * weight
 };

@@ -34,7 +34,9 @@ void gated_silu(const float* gate, const float* up, int64_t n, float* y) {
 }
 
 void add(const float* x, const float* residual, int64_t n, float* y) {
-  for (int64_t i = 0; i < n; ++i) y[i] = x[i] + residual[i];
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i) + load(residual + i));
+  for (; i < n; ++i) y[i] = x[i] + residual[i];
 }
 
 float square_sum(const float* x, int64_t n) {

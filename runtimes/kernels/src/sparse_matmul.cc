@@ -116,7 +116,6 @@ struct Workspace {
   int32_t* partial;           // [parts, sums_stride] of a kernel
   float* panels;              // [workers, kFloatTileChannels * kFloatTileOutputs]
   float* tile_sums;           // [workers, kTileRows * kFloatTileOutputs]
-  float* y;                   // [workers, kFinishPiece] results before they are handed on
   int64_t bytes;              // the scratch that all of this takes
 };
 
@@ -158,7 +157,6 @@ Workspace lay_out(const Plan& plan, int64_t workers, void* base) {
   const bool several = args.m > 1;
   work.panels = scratch.take<float>(several ? workers * kFloatTileChannels * kFloatTileOutputs : 0);
   work.tile_sums = scratch.take<float>(several ? workers * kTileRows * kFloatTileOutputs : 0);
-  work.y = scratch.take<float>(workers * kFinishPiece);
   work.bytes = scratch.used();
   return work;
 }
@@ -229,7 +227,7 @@ int64_t position_of(const Active& active, int64_t channel) {
 // The end of what one call of a kernel takes from position `begin` on: channels of one group.
 int64_t end_of_call(const Plan& plan, const Active& active, int64_t begin, int64_t end) {
   if (!is_integer(plan.args.weight_type) || begin >= end) return min_of(end, begin + kFloatRows);
-  int64_t last = min_of(end, begin + kCodeRows);
+  int64_t last = min_of(end, begin + min_of(kCodeRows, plan.args.group));
   const int64_t group_end = (active.index[begin] / plan.args.group + 1) * plan.args.group;
   while (active.index[last - 1] >= group_end) --last;
   return last;
@@ -275,20 +273,16 @@ void add_part(const Call& call, const Active* batch, int64_t part, int64_t rows)
 }
 
 // y of row `first + row` of a batch: adds up the parts of the columns begin..end-1.
-void finish(const Call& call, int64_t first, int64_t row, int64_t begin, int64_t end, float* values) {
+void finish(const Call& call, int64_t first, int64_t row, int64_t begin, int64_t end) {
   const Plan& plan = call.plan;
-  const float* sums = call.work.sums + row * plan.sums_stride + begin;
+  float* sums = call.work.sums + row * plan.sums_stride + begin;
   const int64_t stride = plan.batch_rows * plan.sums_stride, n = end - begin;
   if (call.work.is_bad[first + row]) {
-    fill_nan(values, n);
+    fill_nan(sums, n);
   } else {
-    memcpy(values, sums, n * sizeof *values);
-    for (int64_t part = 1; part < plan.parts; ++part) {
-      const float* more = sums + part * stride;
-      for (int64_t i = 0; i < n; ++i) values[i] += more[i];
-    }
+    for (int64_t part = 1; part < plan.parts; ++part) call.variant.layer->add(sums, sums + part * stride, n, sums);
   }
-  hand_on(call, first + row, begin, end, values);
+  hand_on(call, first + row, begin, end, sums);
 }
 
 void add_rows(const Call& call, int64_t first, int64_t rows) {
@@ -308,11 +302,10 @@ void add_rows(const Call& call, int64_t first, int64_t rows) {
 
   const int64_t pieces_per_row = ceil_div(plan.columns, kFinishPiece);
   Pieces pieces(rows * pieces_per_row);
-  auto add_parts = [&](int64_t worker) {
+  auto add_parts = [&](int64_t) {
     for (int64_t piece = pieces.take(); piece >= 0; piece = pieces.take()) {
       const int64_t begin = piece % pieces_per_row * kFinishPiece;
-      finish(call, first, piece / pieces_per_row, begin, min_of(plan.columns, begin + kFinishPiece),
-             call.work.y + worker * kFinishPiece);
+      finish(call, first, piece / pieces_per_row, begin, min_of(plan.columns, begin + kFinishPiece));
     }
   };
   run_workers(call.parallel, min_of(call.workers, max_of(1, rows * plan.columns / kFinishPiece)), add_parts);
