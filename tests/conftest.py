@@ -10,6 +10,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 
+os.environ.setdefault("QSPARSE_SPIN", "0")  # tests share the cores
+
 # A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

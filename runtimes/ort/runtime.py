@@ -29,6 +29,10 @@ GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 ON_CPU = "or run it on the CPU with --no-native (function bodies, slower)"
+# How long a thread spins while it waits for the next kernel, before it sleeps. Waking it takes 5 us, the gaps of a decode
+# step are shorter than this, and a thread that spins longer holds a core that another program needs (docs/benchmarks.md).
+_SPIN_US = 50
+
 _OF_CUDA = re.compile("CUDA (failure|error) ")
 
 
@@ -151,9 +155,9 @@ class OrtSession:
         options.log_severity_level = 3
         if isinstance(graph, bytes):
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        # A thread that spins while it waits takes the core that another program, or the next kernel, needs: on two cores
-        # that one other process shares, generation is twice as fast without. Alone it is up to a tenth slower.
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(switches.is_on(switches.SPIN))))
+        spins = switches.is_on(switches.SPIN, otherwise=True)
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spins)))
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
         # In the bodies of n-bit products ONNX Runtime would round the activations to 8 bits, of its own accord: half a percent
         # of error in each product. 1: products in float32, as the ops are defined.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
@@ -162,7 +166,9 @@ class OrtSession:
         options.inter_op_num_threads = 1
         self._library: library.Library | None = None
         if kernels:
-            switches.is_on(switches.HUGE_PAGES)  # which the library reads itself: a wrong word is refused here
+            switches.is_on(
+                switches.HUGE_PAGES, otherwise=True
+            )  # which the library reads itself: a wrong word is refused here
             self._library = library.open_library(kernels)
             self._library.chosen()  # a forced variant that this CPU lacks is refused here, by name
             options.register_custom_ops_library(str(kernels))

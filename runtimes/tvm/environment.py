@@ -46,7 +46,7 @@ def tvm() -> Any:
     # The pool's size is read once, when the first kernel runs; TVM's own choice is half the cores that the system reports.
     os.environ.setdefault(_THREADS_VARIABLE, str(os.cpu_count() or 1))
     # A thread that spins between kernels takes the core that another program needs; QSPARSE_SPIN=1 leaves TVM its own choice.
-    if not switches.is_on(switches.SPIN):
+    if not switches.is_on(switches.SPIN, otherwise=False):
         os.environ.setdefault(_SPIN_VARIABLE, "0")
     import tvm as module
 

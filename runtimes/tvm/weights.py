@@ -68,7 +68,7 @@ def resident(weights: tuple[Weight, ...], file: Path) -> list[Any]:
 
     As :func:`mapped` where that is switched off, or would leave less than a quarter of the machine's memory available.
     """
-    if not weights or not switches.is_on(switches.HUGE_PAGES) or not _has_room(file.stat().st_size):
+    if not weights or not switches.is_on(switches.HUGE_PAGES, otherwise=True) or not _has_room(file.stat().st_size):
         return mapped(weights, file)
     content = aligned_empty(file.stat().st_size)  # NumPy asks for huge pages
     with file.open("rb", buffering=0) as source:

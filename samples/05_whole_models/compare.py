@@ -19,7 +19,7 @@ takes 0.3 ms of each token. --gguf: a file for llama-bench of llama.cpp. --genai
 builder, timed by the loop of its own model benchmark (one token fed, one chosen). Each may be repeated.
 
 Rounds take turns, so that a machine that slows down does so for all; ratios are of the means. Threads spin between kernels
-in all of them, which is the peers' default (ours: QSPARSE_SPIN=1).
+in all of them, which is everyone's default (ours: for 50 us at most).
 """
 
 from __future__ import annotations
@@ -97,8 +97,7 @@ def _bench_of(bundle: Path) -> list[str]:
 
 
 def _json(command: list[str]) -> dict | list:
-    environment = os.environ | {"QSPARSE_SPIN": "1"}  # as the peers do by default
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout[min(i for i in (done.stdout.find("["), done.stdout.find("{")) if i >= 0) :])
@@ -146,7 +145,8 @@ def page(reports: list[dict]) -> str:
     parts = ["# Whole models and their peers\n"]
     parts.append(
         "Made by [samples/05_whole_models/compare.py](../samples/05_whole_models/compare.py), which has the commands. All run in "
-        "turns, with threads that spin between kernels, each driven by a program in C++ (genai: by its loop, called from Python)."
+        "turns, with threads that spin between kernels (ours for 50 us at most), each driven by a program in C++ (genai: by its loop, "
+        "called from Python)."
     )
     for report in reports:
         machine = report["machine"]

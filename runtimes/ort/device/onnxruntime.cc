@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -11,6 +12,16 @@ namespace qsparse_device {
 namespace {
 
 constexpr uint32_t kApiVersion = 18;  // the kernel library's own
+constexpr char kSpinUs[] = "50";      // as qsparse-run
+
+// Whether threads spin while they wait for the next kernel: not where the user says so, nor for the milliseconds that
+// releases before 1.32 may take, which do not know kSpinUs.
+bool may_spin(const std::string& version) {
+  const char* const word = std::getenv("QSPARSE_SPIN");
+  if (word != nullptr && std::strcmp(word, "0") == 0) return false;
+  int major = 0, minor = 0;
+  return std::sscanf(version.c_str(), "%d.%d", &major, &minor) == 2 && (major > 1 || minor >= 32);
+}
 
 OrtMemoryInfo* cpu_memory(const OnnxRuntime& runtime) {
   static OrtMemoryInfo* info = nullptr;
@@ -121,10 +132,9 @@ Session::Session(const OnnxRuntime& runtime, const std::string& graph, const std
   runtime.require(api.CreateSessionOptions(&options), "session options");
   OrtStatus* status = api.SetIntraOpNumThreads(options, threads);
   if (status == nullptr) status = api.SetInterOpNumThreads(options, 1);
-  // As qsparse-run: a thread that spins while it waits takes the core that another one needs, so only where asked to.
-  const char* const word = std::getenv("QSPARSE_SPIN");
-  const char* const spins = word != nullptr && std::strcmp(word, "1") == 0 ? "1" : "0";
+  const char* const spins = may_spin(runtime.version()) ? "1" : "0";
   if (status == nullptr) status = api.AddSessionConfigEntry(options, "session.intra_op.allow_spinning", spins);
+  if (status == nullptr) status = api.AddSessionConfigEntry(options, "session.intra_op.spin_duration_us", kSpinUs);
   // As qsparse-run: the bodies of n-bit products are in float32, and not rounded to 8 bits by the runtime.
   if (status == nullptr) status = api.AddSessionConfigEntry(options, "session.qdq_matmulnbits_accuracy_level", "1");
   if (status == nullptr && !kernels.empty()) status = api.RegisterCustomOpsLibrary_V2(options, kernels.c_str());

@@ -15,7 +15,7 @@ def bundle(tmp_path_factory):
     return qs.export(linear, example_inputs=(x,), verify="none", out=tmp_path_factory.mktemp("bundles") / "linear")
 
 
-@pytest.mark.parametrize(("word", "expected"), [(None, "0"), ("0", "0"), ("1", "1")])
+@pytest.mark.parametrize(("word", "expected"), [(None, "1"), ("0", "0"), ("1", "1")])
 def test_threads_spin_where_the_user_says_so(bundle, monkeypatch, word, expected):
     from qsparse_export.runtimes import get_runtime
 
@@ -33,6 +33,9 @@ def test_threads_spin_where_the_user_says_so(bundle, monkeypatch, word, expected
         monkeypatch.setenv("QSPARSE_SPIN", word)
     session = get_runtime("ort").open(bundle.path, threads=1, native=False)
     assert entries["session.intra_op.allow_spinning"] == expected
+    assert (
+        0 < int(entries["session.intra_op.spin_duration_us"]) <= 100
+    )  # not for as long as the runtime would, milliseconds
     assert session.run({session.input_names[0]: np.zeros((2, 4), np.float32)})
 
 
