@@ -145,8 +145,8 @@ def page(reports: list[dict]) -> str:
     parts = ["# Whole models and their peers\n"]
     parts.append(
         "Made by [samples/05_whole_models/compare.py](../samples/05_whole_models/compare.py), which has the commands. All run in "
-        "turns, with threads that spin between kernels (ours for 50 us at most), each driven by a program in C++ (genai: by its loop, "
-        "called from Python)."
+        "turns, with threads that spin between kernels (ours for 50 us at most), each driven by a program in C++ (genai: by "
+        "its loop, called from Python)."
     )
     for report in reports:
         machine = report["machine"]
