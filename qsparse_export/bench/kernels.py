@@ -238,19 +238,19 @@ def _probes(
 ) -> Iterator[tuple[str, Contender]]:
     """Streaming: every row of every copy in order. Gather: the active rows, in the order in which the kernel reads them."""
     assert graph.weights is not None
-    whole = np.memmap(graph.weights, np.uint8, "r")
+    whole = np.fromfile(graph.weights, np.uint8)  # in huge pages, for which NumPy asks, as the kernels' weights are
     rows = whole[: len(whole) // row_bytes * row_bytes].reshape(-1, row_bytes)
     starts = np.arange(graph.copies, dtype=np.int64) * (graph.stride // row_bytes)
     repeats = HOT_REPEATS if case.hot else 1
 
-    def contender(channels: np.ndarray, ahead: int) -> Contender:
+    def contender(channels: np.ndarray, reading: machine.Reading) -> Contender:
         index = np.tile((starts[:, None] + channels).ravel(), repeats)
-        return Contender(lambda: probe.read(rows, index, ahead), graph.copies * repeats)
+        return Contender(lambda: probe.read(rows, index, reading), graph.copies * repeats)
 
-    for ahead in machine.ROWS_AHEAD:
-        yield f"stream {ahead}", contender(np.arange(graph.weight_bytes // row_bytes), ahead)
+    for i, reading in enumerate(machine.READINGS):
+        yield f"stream {i}", contender(np.arange(graph.weight_bytes // row_bytes), reading)
         if len(active):
-            yield f"gather {ahead}", contender(active, ahead)
+            yield f"gather {i}", contender(active, reading)
 
 
 def _topk(case: Case, folder: Path, _probe: machine.Probe) -> _Setup:

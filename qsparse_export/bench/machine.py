@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,17 @@ import numpy as np
 from qsparse_export.errors import TargetError
 from qsparse_export.runtimes.ort.library import Library
 
-ROWS_AHEAD = (0, 2, 8)
-"""Prefetch distances that the probe tries; the best of them is the limit."""
+
+@dataclass(frozen=True)
+class Reading:
+    """How the probe reads rows: ``together`` in turns, line by line, and prefetching the row ``ahead`` (0: none)."""
+
+    ahead: int
+    together: int = 1
+
+
+READINGS = (Reading(0), Reading(2), Reading(8), Reading(0, together=4), Reading(0, together=8), Reading(8, together=8))
+"""What is tried; the fastest is the machine's limit."""
 
 
 def describe(library: Library | None) -> dict[str, Any]:
@@ -65,6 +75,7 @@ class _ProbeArgs(ctypes.Structure):
         ("index", ctypes.c_void_p),
         ("count", ctypes.c_int64),
         ("ahead", ctypes.c_int64),
+        ("together", ctypes.c_int64),
     )
 
 
@@ -99,9 +110,9 @@ class Probe:
         """Ends the threads."""
         self._pool.shutdown()
 
-    def read(self, rows: np.ndarray, index: np.ndarray, ahead: int) -> int:
+    def read(self, rows: np.ndarray, index: np.ndarray, reading: Reading) -> int:
         """The sum of the 64-bit words, modulo 2**64, of ``rows[index]``; rows uint8 [R, bytes], index int64 [count]."""
-        args = _ProbeArgs(rows.ctypes.data, rows.shape[1], index.ctypes.data, len(index), ahead)
+        args = _ProbeArgs(rows.ctypes.data, rows.shape[1], index.ctypes.data, len(index), reading.ahead, reading.together)
         total = ctypes.c_uint64()
         status = self._function(ctypes.byref(args), ctypes.byref(self._parallel), ctypes.byref(total))
         if status != 0:

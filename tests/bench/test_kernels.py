@@ -118,14 +118,16 @@ def test_copies_have_distinct_contents(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("ahead", [0, 1, 8, 1000])
-def test_probe_reads_every_row_once(threads, ahead):
+@pytest.mark.parametrize("together", [1, 3, 16])
+def test_probe_reads_every_row_once(threads, ahead, together):
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 256, (5000, 96), np.uint8)
     index = rng.integers(0, 5000, 4000)
     probe = machine.Probe(open_library(), threads)
     expected = int(rows[index].view(np.uint64).sum(dtype=np.uint64))
-    assert probe.read(rows, index, ahead) == expected
-    assert probe.read(rows, index[:0], ahead) == 0
+    reading = machine.Reading(ahead, together)
+    assert probe.read(rows, index, reading) == expected
+    assert probe.read(rows, index[:0], reading) == 0
     probe.close()
 
 

@@ -14,7 +14,8 @@ typedef struct qsk_probe_args {
   int64_t row_bytes;     // a multiple of 32
   const int64_t* index;  // [count] which rows, in the order of reading
   int64_t count;
-  int64_t ahead;  // the row so many positions ahead is prefetched line by line; 0: left to the hardware
+  int64_t ahead;     // the row so many positions ahead is prefetched line by line; 0: left to the hardware
+  int64_t together;  // so many rows are read line by line in turns: 1..16
 } qsk_probe_args;
 
 // Reads the rows and writes the sum of their 64-bit words to *sum, so that no read can be left out. `parallel` shares
