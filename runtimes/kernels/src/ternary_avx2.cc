@@ -39,26 +39,22 @@ void add_planes(__m256i bytes, __m256i q, __m256i sums[4]) {
   add_product(_mm256_and_si256(upper, high), q, sums[3]);
 }
 
-// How many rows a pass reads together, and how many rows ahead it prefetches from memory. Hardware prefetchers follow
-// few streams, and keep up where other processors use the memory too, when prefetch instructions alone do not; a row of
-// a few lines is over before they have begun.
-struct Reading {
-  int64_t rows, ahead;
-};
-constexpr Reading kLongRows = {8, 8}, kShortRows = {16, 32};
-constexpr int64_t kLongRowBytes = 2048;
+// Rows that a pass reads together. Hardware prefetchers follow few streams, and keep up where other processors use the
+// memory too, when prefetch instructions alone do not; a row of a few lines is over before they have begun.
 constexpr int64_t kMostPassRows = 16;
+constexpr int64_t kLongPassRows = 8;
+constexpr int64_t kLongRowBytes = 2048;
 
 struct Pass {
   const uint8_t* rows[kMostPassRows];
-  const uint8_t* next[kMostPassRows];  // to prefetch
+  const uint8_t* next[kMostPassRows];  // of the pass that comes after this one
   int32_t pairs[kMostPassRows / 2];    // two activations, twice
   int64_t pair_count;
 };
 
-// The rows begin..end-1 of `given`, and those `ahead` of them.
-void set_up(Pass& pass, const TernaryRows& given, int64_t begin, int64_t end, int64_t ahead) {
-  const int64_t count = end - begin, first_ahead = begin + ahead - given.count;
+// The rows begin..end-1 of `given`.
+void set_up(Pass& pass, const TernaryRows& given, int64_t begin, int64_t end) {
+  const int64_t count = end - begin, left = given.count - end;
   for (int64_t i = 0; i < count; ++i) pass.rows[i] = given.w + given.index[begin + i] * given.row_bytes;
   if (count % 2 != 0) pass.rows[count] = pass.rows[count - 1];  // with an activation of 0
   pass.pair_count = (count + 1) / 2;
@@ -68,11 +64,11 @@ void set_up(Pass& pass, const TernaryRows& given, int64_t begin, int64_t end, in
     const uint32_t second = 2 * i + 1 < count ? static_cast<uint8_t>(values[1]) : 0;
     pass.pairs[i] = static_cast<int32_t>((first | second << 8) * 0x10001u);
   }
-  const int32_t* const next = first_ahead < 0 ? given.index + begin + ahead : given.next + first_ahead;
-  const int64_t next_count = first_ahead < 0 ? -first_ahead : given.next_count - first_ahead;
+  const int32_t* const next = left > 0 ? given.index + end : given.next;
+  const int64_t next_count = left > 0 ? left : given.next_count;
   const int64_t known = next_count < 2 * pass.pair_count ? next_count : 2 * pass.pair_count;
   for (int64_t i = 0; i < known; ++i) pass.next[i] = given.w + next[i] * given.row_bytes;
-  for (int64_t i = known < 0 ? 0 : known; i < 2 * pass.pair_count; ++i) pass.next[i] = pass.rows[0];  // in the cache
+  for (int64_t i = known; i < 2 * pass.pair_count; ++i) pass.next[i] = pass.rows[0];  // which is in the cache
 }
 
 // Where the passes of a call begin and end: sums stay int16 in between.
@@ -80,7 +76,7 @@ enum class Begins { kNo, kYes };
 enum class Ends { kNo, kYes };
 
 // Adds the products of 32 bytes of all rows of the pass to 128 sums. Meanwhile every step prefetches two lines: the
-// pass's own next one into the first-level cache, and one of a row ahead from memory.
+// pass's own next one into the first-level cache, and one of the next pass from memory.
 // kOdd: which half of a line; the rows share the prefetching among the two halves.
 template <Begins kBegins, Ends kEnds, int kOdd, bool kLastLine>
 inline __attribute__((always_inline)) void add_block(const Pass& pass, int64_t column, int16_t* partial,
@@ -128,12 +124,12 @@ void add_pass(const Pass& pass, int64_t row_bytes, int16_t* partial, int32_t* su
 }
 
 void gemv(const TernaryRows& rows, int32_t* sums) {
-  const Reading reading = rows.row_bytes < kLongRowBytes ? kShortRows : kLongRows;
-  for (int64_t begin = 0; begin < rows.count; begin += reading.rows) {
-    const int64_t end = begin + reading.rows < rows.count ? begin + reading.rows : rows.count;
+  const int64_t pass_rows = rows.row_bytes < kLongRowBytes ? kMostPassRows : kLongPassRows;
+  for (int64_t begin = 0; begin < rows.count; begin += pass_rows) {
+    const int64_t end = begin + pass_rows < rows.count ? begin + pass_rows : rows.count;
     const bool begins = begin == 0, ends = end == rows.count;
     Pass pass = {};
-    set_up(pass, rows, begin, end, reading.ahead);
+    set_up(pass, rows, begin, end);
     if (begins && ends) {
       add_pass<Begins::kYes, Ends::kYes>(pass, rows.row_bytes, rows.partial, sums);
     } else if (begins) {
