@@ -19,7 +19,6 @@
 
 #if defined(__linux__)
 #include <linux/perf_event.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -37,13 +36,9 @@
 #include "kernels.h"
 #include "qsk/sparse_ternary_matmul.h"
 #include "quantized_row.h"
+#include "timing.h"
 
 namespace {
-
-[[noreturn]] void fail(const char* message) {
-  fprintf(stderr, "qsk_stopwatch: %s\n", message);
-  exit(2);
-}
 
 // Threads that sleep between tasks; the caller is one of them.
 class Pool {
@@ -96,31 +91,6 @@ class Pool {
   void (*task_)(void*, int64_t) = nullptr;
   void* argument_ = nullptr;
   int64_t next_ = 0, count_ = 0, left_ = 0;
-};
-
-// In huge pages where the system has them, as weights are in a bundle.
-class Bytes {
- public:
-  explicit Bytes(int64_t bytes) {
-    constexpr int64_t kHugePage = 2 << 20;
-    const int64_t alignment = bytes < kHugePage ? 64 : kHugePage;
-    const int64_t whole = (bytes + 64 + alignment - 1) / alignment * alignment;
-    if (posix_memalign(&base_, alignment, whole) != 0) fail("out of memory");
-#if defined(__linux__)
-    if (alignment == kHugePage) madvise(base_, whole, MADV_HUGEPAGE);
-#endif
-    memset(base_, 0, bytes);
-  }
-  Bytes(const Bytes&) = delete;
-  Bytes& operator=(const Bytes&) = delete;
-  ~Bytes() { free(base_); }
-  template <typename T>
-  T* as() const {
-    return static_cast<T*>(base_);
-  }
-
- private:
-  void* base_ = nullptr;
 };
 
 // This thread's cycles in user mode.
