@@ -163,6 +163,7 @@ struct TernaryRows {
   int64_t count;         // 0..kGemvRows
   const int32_t* next;   // [next_count] read soon: prefetch them
   int64_t next_count;    // at most kGemvRows
+  bool is_cached;        // another row of x has just read these weights
   int16_t* partial;      // workspace: one for each of the sums, aligned to 64
 };
 

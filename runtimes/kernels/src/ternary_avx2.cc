@@ -41,9 +41,15 @@ void add_planes(__m256i bytes, __m256i q, __m256i sums[4]) {
 
 // Rows that a pass reads together. Hardware prefetchers follow few streams, and keep up where other processors use the
 // memory too, when prefetch instructions alone do not; a row of a few lines is over before they have begun.
-constexpr int64_t kMostPassRows = 16;
+constexpr int64_t kMostPassRows = kGemvRows;  // from the cache
+constexpr int64_t kShortPassRows = 16;
 constexpr int64_t kLongPassRows = 8;
 constexpr int64_t kLongRowBytes = 2048;
+
+int64_t pass_rows_of(const TernaryRows& rows) {
+  if (rows.is_cached) return kMostPassRows;
+  return rows.row_bytes < kLongRowBytes ? kShortPassRows : kLongPassRows;
+}
 
 struct Pass {
   const uint8_t* rows[kMostPassRows];
@@ -124,7 +130,7 @@ void add_pass(const Pass& pass, int64_t row_bytes, int16_t* partial, int32_t* su
 }
 
 void gemv(const TernaryRows& rows, int32_t* sums) {
-  const int64_t pass_rows = rows.row_bytes < kLongRowBytes ? kMostPassRows : kLongPassRows;
+  const int64_t pass_rows = pass_rows_of(rows);
   for (int64_t begin = 0; begin < rows.count; begin += pass_rows) {
     const int64_t end = begin + pass_rows < rows.count ? begin + pass_rows : rows.count;
     const bool begins = begin == 0, ends = end == rows.count;

@@ -373,6 +373,7 @@ void add_batch_pieces(const Call& call, const Active* batch, int64_t rows, const
         TernaryRows channels = rows_of(call, active, begin, min_of(kGemvRows, end - begin), worker);
         channels.next = any.index + ahead;
         channels.next_count = min_of(kGemvRows, ahead_end - ahead);
+        channels.is_cached = row > 0;
         call.variant.ternary->gemv(channels, sums + row * call.padded_outputs);
         ahead += channels.next_count;
       }
