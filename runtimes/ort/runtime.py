@@ -29,9 +29,8 @@ GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 ON_CPU = "or run it on the CPU with --no-native (function bodies, slower)"
-# How long a thread spins while it waits for the next kernel, before it sleeps. Waking it takes 5 us, the gaps of a decode
-# step are shorter than this, and a thread that spins longer holds a core that another program needs (docs/benchmarks.md).
-_SPIN_US = 50
+# How long a thread spins while it waits for the next kernel, before it sleeps (docs/adr/threads-spin-briefly.md).
+_SPIN_US = 1000
 
 _OF_CUDA = re.compile("CUDA (failure|error) ")
 

@@ -19,7 +19,7 @@ takes 0.3 ms of each token. --gguf: a file for llama-bench of llama.cpp. --genai
 builder, timed by the loop of its own model benchmark (one token fed, one chosen). Each may be repeated.
 
 Rounds take turns, so that a machine that slows down does so for all; ratios are of the means. Threads spin between kernels
-in all of them, which is everyone's default (ours: for 50 us at most).
+in all of them, which is everyone's default (ours: for a millisecond at most).
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def page(reports: list[dict]) -> str:
     parts = ["# Whole models and their peers\n"]
     parts.append(
         "Made by [samples/05_whole_models/compare.py](../samples/05_whole_models/compare.py), which has the commands. All run in "
-        "turns, with threads that spin between kernels (ours for 50 us at most), each driven by a program in C++ (genai: by "
+        "turns, with threads that spin between kernels (ours for 1 ms at most), each driven by a program in C++ (genai: by "
         "its loop, called from Python)."
     )
     for report in reports:

@@ -12,7 +12,7 @@ namespace qsparse_device {
 namespace {
 
 constexpr uint32_t kApiVersion = 18;  // the kernel library's own
-constexpr char kSpinUs[] = "50";      // as qsparse-run
+constexpr char kSpinUs[] = "1000";    // as qsparse-run
 
 // Whether threads spin while they wait for the next kernel: not where the user says so, nor for the milliseconds that
 // releases before 1.32 may take, which do not know kSpinUs.
