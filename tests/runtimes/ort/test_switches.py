@@ -33,9 +33,7 @@ def test_threads_spin_where_the_user_says_so(bundle, monkeypatch, word, expected
         monkeypatch.setenv("QSPARSE_SPIN", word)
     session = get_runtime("ort").open(bundle.path, threads=1, native=False)
     assert entries["session.intra_op.allow_spinning"] == expected
-    assert (
-        0 < int(entries["session.intra_op.spin_duration_us"]) <= 100
-    )  # not for as long as the runtime would, milliseconds
+    assert 0 < int(entries["session.intra_op.spin_duration_us"]) <= 1000  # the runtime itself would spin for 16 ms
     assert session.run({session.input_names[0]: np.zeros((2, 4), np.float32)})
 
 
