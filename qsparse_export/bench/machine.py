@@ -112,7 +112,9 @@ class Probe:
 
     def read(self, rows: np.ndarray, index: np.ndarray, reading: Reading) -> int:
         """The sum of the 64-bit words, modulo 2**64, of ``rows[index]``; rows uint8 [R, bytes], index int64 [count]."""
-        args = _ProbeArgs(rows.ctypes.data, rows.shape[1], index.ctypes.data, len(index), reading.ahead, reading.together)
+        args = _ProbeArgs(
+            rows.ctypes.data, rows.shape[1], index.ctypes.data, len(index), reading.ahead, reading.together
+        )
         total = ctypes.c_uint64()
         status = self._function(ctypes.byref(args), ctypes.byref(self._parallel), ctypes.byref(total))
         if status != 0:
