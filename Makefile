@@ -20,9 +20,11 @@ COMMA   := ,
 demo: $(VENV)/.installed
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash samples/01_smollm2/run.sh
 
-# A file's tests stay together: what they share is made once. Their report is what docs/backends.md is made of.
+# A file's tests stay together: what they share is made once. One process more than cores, since some wait for others'
+# answers; in order, since files of few tests can take long. Their report is what docs/backends.md is made of.
 test: $(VENV)/.tested $(NODE_PACKAGES)
-	$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadscope --junitxml=build/tests.xml
+	$(VENV)/bin/pytest -n $$($(PYTHON) -c "import os; print(min(os.cpu_count() + 1, 4))") --dist loadscope --no-loadscope-reorder \
+	  --junitxml=build/tests.xml
 
 lint: $(VENV)/.tested
 	$(VENV)/bin/ruff check -q .

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from qsparse_export.errors import ExportError
@@ -34,27 +35,38 @@ def decoder_graph(
     ``weights`` must give the matrices of ``formats`` in their groups (``nn.quantized_source``). No weight is read: each
     initialiser is lazy, and packed when it is written. Raises ExportError when torch.onnx fails.
     """
+    from qsparse_export.repeat_layer import layers_to_trace, repeat_last_layer
+
+    traced = layers_to_trace(config)
+    graph = trace(replace(config, layers=traced), dtype, formats).clone()
+    if traced < config.layers:
+        repeat_last_layer(graph.graph, config.layers)
+    _attach_weights(graph, weights)
+    return graph
+
+
+@lru_cache(maxsize=32)
+def trace(config: ModelConfig, dtype: torch.dtype, formats: WeightFormats) -> ir.Model:
+    """The graph of ``decoder_graph`` with fake weights.
+
+    Kept, some hundred nodes: tracing takes most of an export's time, and the same model goes to several targets.
+    """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from qsparse_export.nn.decoder import Decoder
     from qsparse_export.nn.deploy import deploy
     from qsparse_export.passes.annotate_scope import AnnotateScope
-    from qsparse_export.repeat_layer import layers_to_trace, repeat_last_layer
 
-    traced = replace(config, layers=layers_to_trace(config))
     with torch.device("meta"):
-        module = deploy(Decoder(traced).to(dtype), formats).eval()
+        module = deploy(Decoder(config).to(dtype), formats).eval()
     with FakeTensorMode():
         _make_fake(module)
-        inputs, shapes = _example_inputs(traced, dtype)
-        names_in, names_out = _tensor_names(traced)
+        inputs, shapes = _example_inputs(config, dtype)
+        names_in, names_out = _tensor_names(config)
         graph = _torch_onnx(module, inputs, shapes, names_in, names_out)
     _name_dimensions(graph)
     AnnotateScope()(graph)
-    if traced.layers < config.layers:
-        repeat_last_layer(graph.graph, config.layers)
-    _attach_weights(graph, weights)
     return graph
 
 

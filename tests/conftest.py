@@ -10,7 +10,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 
-os.environ.setdefault("QSPARSE_SPIN", "0")  # tests share the cores
+# Tests share the cores.
+os.environ.setdefault("QSPARSE_SPIN", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

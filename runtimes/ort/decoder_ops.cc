@@ -131,22 +131,24 @@ struct AddRmsNormKernel : Kernel {
 
   OrtStatus* init(const OrtKernelInfo* info) {
     QSPARSE_RETURN_IF_ERROR(choose_variant());
+    QSPARSE_RETURN_IF_ERROR(weight.init(api, info));
     return read_float(api, info, op_name(op), "epsilon", &epsilon);
   }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* context) {
     qsk_add_rms_norm_args args = {};
-    Shape shape, residual, weight;
+    Shape shape, residual, weight_shape;
     QSPARSE_RETURN_IF_ERROR(input_data(api, context, 0, &args.x, &shape));
     QSPARSE_RETURN_IF_ERROR(input_data(api, context, 1, &args.residual, &residual));
-    QSPARSE_RETURN_IF_ERROR(input_data(api, context, 2, &args.weight, &weight));
+    QSPARSE_RETURN_IF_ERROR(weight.read(api, context, &args.weight, &weight_shape));
     if (shape.rank == 0 || !is_same(shape, residual)) {
       return error(api, prefix(op) + "x is " + to_string(shape) + " and residual " + to_string(residual) +
                             "; expected the same shape [..., N]");
     }
     args.n = shape.dims[shape.rank - 1];
-    if (weight.rank != 1 || weight.dims[0] != args.n) {
-      return error(api, prefix(op) + "weight is " + to_string(weight) + "; expected [" + std::to_string(args.n) + "]");
+    if (weight_shape.rank != 1 || weight_shape.dims[0] != args.n) {
+      return error(api,
+                   prefix(op) + "weight is " + to_string(weight_shape) + "; expected [" + std::to_string(args.n) + "]");
     }
     args.type = kKernelType<Type>;
     args.rows = row_count(shape);
@@ -162,6 +164,7 @@ struct AddRmsNormKernel : Kernel {
   }
 
   float epsilon = 0.0f;
+  Weights weight = Weights(2);
 };
 
 template <ONNXTensorElementDataType Type>

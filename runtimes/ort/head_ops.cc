@@ -25,8 +25,8 @@ struct NBitsKernel : Kernel {
   OrtStatus* read_weights(const OrtKernelContext* context, const uint8_t** w, const uint16_t** scales,
                           int64_t* rows) const {
     Shape weights, scale_shape;
-    QSPARSE_RETURN_IF_ERROR(input_data(api, context, 1, w, &weights));
-    QSPARSE_RETURN_IF_ERROR(input_data(api, context, 2, scales, &scale_shape));
+    QSPARSE_RETURN_IF_ERROR(weights_input.read(api, context, w, &weights));
+    QSPARSE_RETURN_IF_ERROR(scales_input.read(api, context, scales, &scale_shape));
     const int64_t row_bytes = qsk_dense_row_bytes(k, bits), groups = (k + group - 1) / group;
     const int64_t expected = *rows >= 0 ? *rows : weights.rank == 2 ? weights.dims[0] : 0;
     *rows = expected;
@@ -40,6 +40,8 @@ struct NBitsKernel : Kernel {
   }
 
   int64_t k = 0, bits = 0, group = 0;
+  Weights weights_input = Weights(1);
+  Weights scales_input = Weights(2);
 };
 
 template <ONNXTensorElementDataType Type>
@@ -48,7 +50,8 @@ struct DenseMatMulKernel : NBitsKernel {
 
   OrtStatus* init(const OrtKernelInfo* info) {
     QSPARSE_RETURN_IF_ERROR(NBitsKernel::init(info));
-    QSPARSE_RETURN_IF_ERROR(kept.keep(api, info, 1));
+    QSPARSE_RETURN_IF_ERROR(weights_input.init_in_huge_pages(api, info));
+    QSPARSE_RETURN_IF_ERROR(scales_input.init_in_huge_pages(api, info));
     QSPARSE_RETURN_IF_ERROR(read_int(api, info, op_name(op), "n", &n));
     return n >= 0 ? nullptr : error(api, prefix(op) + "n is " + std::to_string(n) + "; expected 0 or more");
   }
@@ -62,7 +65,6 @@ struct DenseMatMulKernel : NBitsKernel {
     }
     args.n = n;
     QSPARSE_RETURN_IF_ERROR(read_weights(context, &args.w, &args.scales, &args.n));
-    args.w = kept.or_else(args.w);
     args.type = kKernelType<Type>;
     args.m = row_count(shape);
     args.k = k;
@@ -80,11 +82,16 @@ struct DenseMatMulKernel : NBitsKernel {
   }
 
   int64_t n = 0;
-  Weights kept;
 };
 
 struct GatherKernel : NBitsKernel {
   explicit GatherKernel(const OrtApi& ort_api) : NBitsKernel(ort_api, kGatherNBits) {}
+
+  OrtStatus* init(const OrtKernelInfo* info) {
+    QSPARSE_RETURN_IF_ERROR(NBitsKernel::init(info));
+    QSPARSE_RETURN_IF_ERROR(weights_input.init(api, info));
+    return scales_input.init(api, info);
+  }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* context) {
     qsk_gather_nbits_args args = {};

@@ -66,22 +66,30 @@ OrtStatus* OutputList::read(const Kernel& kernel, const OrtKernelInfo* info) {
   return nullptr;
 }
 
-OrtStatus* Weights::keep(const OrtApi& api, const OrtKernelInfo* info, size_t position) {
+OrtStatus* Weights::init(const OrtApi& api, const OrtKernelInfo* info) {
   int is_constant = 0;
   const OrtValue* value = nullptr;
-  QSPARSE_RETURN_IF_ERROR(api.KernelInfoGetConstantInput_tensor(info, position, &is_constant, &value));
+  QSPARSE_RETURN_IF_ERROR(api.KernelInfoGetConstantInput_tensor(info, position_, &is_constant, &value));
   if (!is_constant) return nullptr;
   OrtTensorTypeAndShapeInfo* type = nullptr;
   QSPARSE_RETURN_IF_ERROR(api.GetTensorTypeAndShape(value, &type));
   ONNXTensorElementDataType element = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-  size_t elements = 0;
   OrtStatus* status = api.GetTensorElementType(type, &element);
-  if (status == nullptr) status = api.GetTensorShapeElementCount(type, &elements);
   api.ReleaseTensorTypeAndShapeInfo(type);
   if (status != nullptr) return status;
+  QSPARSE_RETURN_IF_ERROR(shape_of(api, value, &shape_));
   void* data = nullptr;  // the API has no read-only access
   QSPARSE_RETURN_IF_ERROR(api.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
-  kept_ = in_huge_pages(data, (elements * bits_of(element) + 7) / 8);
+  data_ = data;
+  bytes_ = (static_cast<size_t>(shape_.elements) * bits_of(element) + 7) / 8;
+  is_constant_ = true;
+  return nullptr;
+}
+
+OrtStatus* Weights::init_in_huge_pages(const OrtApi& api, const OrtKernelInfo* info) {
+  QSPARSE_RETURN_IF_ERROR(init(api, info));
+  copy_ = in_huge_pages(data_, bytes_);
+  if (copy_ != nullptr) data_ = copy_.get();
   return nullptr;
 }
 

@@ -67,19 +67,32 @@ struct Kernel {
   const qsk_variant* variant = nullptr;
 };
 
-// A constant input that is read at every run: from huge pages, where it could be brought there.
+// An input that holds weights. Where it is constant, as exports make it, ONNX Runtime is asked for it once: a token
+// runs hundreds of kernels that take a microsecond besides their product, and every question allocates.
 class Weights {
  public:
-  // Of the input at `position`; does nothing unless it is constant.
-  OrtStatus* keep(const OrtApi& api, const OrtKernelInfo* info, size_t position);
-  // What is kept, or else `given`.
+  explicit Weights(size_t position) : position_(position) {}
+  // Does nothing unless the input is constant.
+  OrtStatus* init(const OrtApi& api, const OrtKernelInfo* info);
+  // The same, and brings it into huge pages where they are to be had.
+  OrtStatus* init_in_huge_pages(const OrtApi& api, const OrtKernelInfo* info);
+  // Null unless the input is constant.
+  const Shape* shape() const { return is_constant_ ? &shape_ : nullptr; }
   template <typename Data>
-  const Data* or_else(const Data* given) const {
-    return kept_ == nullptr ? given : static_cast<const Data*>(kept_.get());
+  OrtStatus* read(const OrtApi& api, const OrtKernelContext* context, const Data** data, Shape* shape) const {
+    if (!is_constant_) return input_data(api, context, position_, data, shape);
+    *data = static_cast<const Data*>(data_);
+    *shape = shape_;
+    return nullptr;
   }
 
  private:
-  std::shared_ptr<const void> kept_;
+  const size_t position_;
+  bool is_constant_ = false;
+  const void* data_ = nullptr;
+  size_t bytes_ = 0;
+  Shape shape_ = {};
+  std::shared_ptr<const void> copy_;
 };
 
 // The attributes of a selection, as TopKSparsify has them.

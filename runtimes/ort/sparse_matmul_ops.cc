@@ -23,7 +23,7 @@ struct SparseMatMulKernel : Kernel {
 
   OrtStatus* init(const OrtKernelInfo* info) {
     QSPARSE_RETURN_IF_ERROR(choose_variant());
-    QSPARSE_RETURN_IF_ERROR(kept.keep(api, info, 1));
+    QSPARSE_RETURN_IF_ERROR(w.init_in_huge_pages(api, info));
     QSPARSE_RETURN_IF_ERROR(selection.read(*this, info));
     QSPARSE_RETURN_IF_ERROR(list.read(*this, info));
     for (int64_t i = 0; i < list.matrices; ++i) columns += qsk_sparse_matmul_columns(kWeightType<Weight>, list.n[i]);
@@ -35,17 +35,19 @@ struct SparseMatMulKernel : Kernel {
         return error(api, prefix(op) + "bits is " + std::to_string(bits) + " but w is int" +
                               (Weight == kInt4 ? "4" : "8") + "; expected the same");
       }
-      if (group < 1) return error(api, prefix(op) + "group is " + std::to_string(group) + "; expected 1 or more");
+      if (group < 1) {
+        return error(api, prefix(op) + "group is " + std::to_string(group) + "; expected 1 or more");
+      }
+      return scales.init_in_huge_pages(api, info);
     }
     return nullptr;
   }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* context) {
     qsk_sparse_matmul_args args = {};
-    const uint8_t* w = nullptr;
     Shape shape, weights;
     QSPARSE_RETURN_IF_ERROR(input_data(api, context, 0, &args.x, &shape));
-    QSPARSE_RETURN_IF_ERROR(input_data(api, context, 1, &w, &weights));
+    QSPARSE_RETURN_IF_ERROR(w.read(api, context, &args.w, &weights));
     QSPARSE_RETURN_IF_ERROR(selection.check(*this, shape));
     args.k = shape.dims[shape.rank - 1];
     if (weights.rank != 2 || weights.dims[0] != args.k || weights.dims[1] != columns) {
@@ -53,17 +55,16 @@ struct SparseMatMulKernel : Kernel {
                             "; expected w as [" + std::to_string(args.k) + ", " + std::to_string(columns) + "]");
     }
     if constexpr (kIsInteger<Weight>) {
-      Shape scales;
-      QSPARSE_RETURN_IF_ERROR(input_data(api, context, 2, &args.scales, &scales));
+      Shape scale_shape;
+      QSPARSE_RETURN_IF_ERROR(scales.read(api, context, &args.scales, &scale_shape));
       const int64_t groups = (args.k + group - 1) / group;
-      if (scales.rank != 2 || scales.dims[0] != groups || scales.dims[1] != columns) {
-        return error(api, prefix(op) + "scales is " + to_string(scales) + "; expected [" + std::to_string(groups) +
+      if (scale_shape.rank != 2 || scale_shape.dims[0] != groups || scale_shape.dims[1] != columns) {
+        return error(api, prefix(op) + "scales is " + to_string(scale_shape) + "; expected [" + std::to_string(groups) +
                               ", " + std::to_string(columns) + "]");
       }
     }
     args.type = kKernelType<Type>;
     args.weight_type = kWeightType<Weight>;
-    args.w = kept.or_else(w);
     args.group = group;
     args.n = list.n;
     args.matrices = list.matrices;
@@ -85,7 +86,8 @@ struct SparseMatMulKernel : Kernel {
   OutputList list;
   int64_t columns = 0;
   int64_t group = 0;
-  Weights kept;
+  Weights w = Weights(1);
+  Weights scales = Weights(2);
 };
 
 OrtStatus* infer_joined(OrtShapeInferContext* context) {

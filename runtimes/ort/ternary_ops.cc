@@ -12,34 +12,29 @@ struct TernaryMatMulKernel : Kernel {
 
   OrtStatus* init(const OrtKernelInfo* info) {
     QSPARSE_RETURN_IF_ERROR(choose_variant());
-    QSPARSE_RETURN_IF_ERROR(kept.keep(api, info, 1));
+    QSPARSE_RETURN_IF_ERROR(weights.init_in_huge_pages(api, info));
+    QSPARSE_RETURN_IF_ERROR(scale.init(api, info));
     QSPARSE_RETURN_IF_ERROR(read_int(api, info, op_name(op), "n", &n));
     if (n < 0) return error(api, prefix(op) + "n is " + std::to_string(n) + "; expected 0 or more");
-    int is_constant = 0;
-    const OrtValue* weights = nullptr;
-    QSPARSE_RETURN_IF_ERROR(api.KernelInfoGetConstantInput_tensor(info, 1, &is_constant, &weights));
-    if (!is_constant) return nullptr;
-    has_constant_weights = true;
-    QSPARSE_RETURN_IF_ERROR(shape_of(api, weights, &weights_shape));
-    return check_weights();
+    return weights.shape() == nullptr ? nullptr : check_weights(*weights.shape());
   }
 
-  OrtStatus* check_weights() const {
+  OrtStatus* check_weights(const Shape& shape) const {
     const int64_t row_bytes = qsk_ternary_row_bytes(n);
-    if (weights_shape.rank == 2 && weights_shape.dims[1] == row_bytes) return nullptr;
-    return error(api, prefix(op) + "w is " + to_string(weights_shape) + "; " + std::to_string(n) +
-                          " outputs take [K, " + std::to_string(row_bytes) + "]");
+    if (shape.rank == 2 && shape.dims[1] == row_bytes) return nullptr;
+    return error(api, prefix(op) + "w is " + to_string(shape) + "; " + std::to_string(n) + " outputs take [K, " +
+                          std::to_string(row_bytes) + "]");
   }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* context) {
     const void* x = nullptr;
     const uint8_t* w = nullptr;
-    const float* scale = nullptr;
-    Shape shape, scale_shape;
+    const float* descale = nullptr;
+    Shape shape, weights_shape, scale_shape;
     QSPARSE_RETURN_IF_ERROR(input_data(api, context, 0, &x, &shape));
-    QSPARSE_RETURN_IF_ERROR(input_data(api, context, 1, &w, has_constant_weights ? nullptr : &weights_shape));
-    QSPARSE_RETURN_IF_ERROR(input_data(api, context, 2, &scale, &scale_shape));
-    if (!has_constant_weights) QSPARSE_RETURN_IF_ERROR(check_weights());
+    QSPARSE_RETURN_IF_ERROR(weights.read(api, context, &w, &weights_shape));
+    QSPARSE_RETURN_IF_ERROR(scale.read(api, context, &descale, &scale_shape));
+    QSPARSE_RETURN_IF_ERROR(check_weights(weights_shape));
     if (scale_shape.elements != 1) {
       return error(api, prefix(op) + "scale is " + to_string(scale_shape) + "; expected one element");
     }
@@ -52,7 +47,7 @@ struct TernaryMatMulKernel : Kernel {
     shape.dims[shape.rank - 1] = n;
     void* y = nullptr;
     QSPARSE_RETURN_IF_ERROR(output_data(api, context, shape, &y));
-    const qsk_ternary_matmul_args args = {kKernelType<Type>, x, kept.or_else(w), *scale, y, m, k, n};
+    const qsk_ternary_matmul_args args = {kKernelType<Type>, x, w, *descale, y, m, k, n};
     Pool pool(api, context);
     const int64_t scratch_bytes = qsk_ternary_matmul_scratch_bytes(&args, pool.parallel());
     const int status =
@@ -63,9 +58,8 @@ struct TernaryMatMulKernel : Kernel {
   }
 
   int64_t n = 0;
-  bool has_constant_weights = false;
-  Shape weights_shape = {};
-  Weights kept;
+  Weights weights = Weights(1);
+  Weights scale = Weights(2);
 };
 
 template <ONNXTensorElementDataType Type>
@@ -74,7 +68,8 @@ struct SparseTernaryMatMulKernel : Kernel {
 
   OrtStatus* init(const OrtKernelInfo* info) {
     QSPARSE_RETURN_IF_ERROR(choose_variant());
-    QSPARSE_RETURN_IF_ERROR(kept.keep(api, info, 1));
+    QSPARSE_RETURN_IF_ERROR(weights.init_in_huge_pages(api, info));
+    QSPARSE_RETURN_IF_ERROR(scales.init(api, info));
     QSPARSE_RETURN_IF_ERROR(selection.read(*this, info));
     QSPARSE_RETURN_IF_ERROR(list.read(*this, info));
     for (int64_t i = 0; i < list.matrices; ++i) row_bytes += qsk_ternary_row_bytes(list.n[i]);
@@ -82,40 +77,31 @@ struct SparseTernaryMatMulKernel : Kernel {
   }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* context) {
-    const void* x = nullptr;
-    const uint8_t* w = nullptr;
-    const float* scales = nullptr;
-    Shape shape, weights, scales_shape;
-    QSPARSE_RETURN_IF_ERROR(input_data(api, context, 0, &x, &shape));
-    QSPARSE_RETURN_IF_ERROR(input_data(api, context, 1, &w, &weights));
-    QSPARSE_RETURN_IF_ERROR(input_data(api, context, 2, &scales, &scales_shape));
+    qsk_sparse_ternary_matmul_args args = {};
+    Shape shape, weights_shape, scales_shape;
+    QSPARSE_RETURN_IF_ERROR(input_data(api, context, 0, &args.x, &shape));
+    QSPARSE_RETURN_IF_ERROR(weights.read(api, context, &args.w, &weights_shape));
+    QSPARSE_RETURN_IF_ERROR(scales.read(api, context, &args.scales, &scales_shape));
     QSPARSE_RETURN_IF_ERROR(selection.check(*this, shape));
     const int64_t k = shape.dims[shape.rank - 1];
-    if (weights.rank != 2 || weights.dims[0] != k || weights.dims[1] != row_bytes) {
-      return error(api, prefix(op) + "x is " + to_string(shape) + " and w is " + to_string(weights) +
+    if (weights_shape.rank != 2 || weights_shape.dims[0] != k || weights_shape.dims[1] != row_bytes) {
+      return error(api, prefix(op) + "x is " + to_string(shape) + " and w is " + to_string(weights_shape) +
                             "; expected w as [" + std::to_string(k) + ", " + std::to_string(row_bytes) + "]");
     }
     if (scales_shape.rank != 1 || scales_shape.dims[0] != list.matrices) {
       return error(api, prefix(op) + "scales is " + to_string(scales_shape) + "; expected [" +
                             std::to_string(list.matrices) + "], one for each entry of n");
     }
-    const int64_t m = row_count(shape);
-    shape.dims[shape.rank - 1] = list.outputs;
-    void* y = nullptr;
-    QSPARSE_RETURN_IF_ERROR(output_data(api, context, shape, &y));
-    qsk_sparse_ternary_matmul_args args = {};
     args.type = kKernelType<Type>;
-    args.x = x;
-    args.w = kept.or_else(w);
-    args.scales = scales;
     args.n = list.n;
     args.matrices = list.matrices;
-    args.y = y;
-    args.m = m;
+    args.m = row_count(shape);
     args.k = k;
     args.top_k = selection.k;
     args.block = selection.block;
     args.rescale_l2 = selection.rescale_l2;
+    shape.dims[shape.rank - 1] = list.outputs;
+    QSPARSE_RETURN_IF_ERROR(output_data(api, context, shape, &args.y));
     Pool pool(api, context);
     const int64_t scratch_bytes = qsk_sparse_ternary_matmul_scratch_bytes(&args, pool.parallel());
     const int status =
@@ -128,7 +114,8 @@ struct SparseTernaryMatMulKernel : Kernel {
   Selection selection;
   OutputList list;
   int64_t row_bytes = 0;
-  Weights kept;
+  Weights weights = Weights(1);
+  Weights scales = Weights(2);
 };
 
 template <Op kName, OrtOpAttrType kOutputs, typename KernelType, ONNXTensorElementDataType Type>

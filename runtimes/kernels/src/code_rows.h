@@ -92,7 +92,7 @@ inline void set_up(CodeRows& codes) {
 
 // Rows that a pass reads together, and what it prefetches meanwhile: the next rows, or all lines from the first to the
 // last of them.
-struct CodePass {
+struct CodePass {  // set_up writes what is read
   const uint8_t* rows[kFloatRows];
   int32_t pairs[kFloatRows / 2];  // two activations
   int64_t pair_count;
@@ -112,7 +112,7 @@ inline void set_up(CodePass& pass, const CodeRows& codes, int64_t begin, int64_t
   const FloatRows& rows = codes.rows;
   const int64_t count = end - begin, left = rows.count - end;
   for (int64_t i = 0; i < count; ++i) pass.rows[i] = rows.w + rows.index[begin + i] * rows.row_bytes;
-  if (count % 2 != 0) pass.rows[count] = pass.rows[count - 1];  // with an activation of 0
+  if (count % 2 != 0) pass.rows[count] = rows.w + rows.index[end - 1] * rows.row_bytes;  // with an activation of 0
   pass.pair_count = (count + 1) / 2;
   for (int64_t i = 0; i < pass.pair_count; ++i) {
     const auto first = static_cast<uint16_t>(codes.values[begin + 2 * i]);
@@ -124,6 +124,7 @@ inline void set_up(CodePass& pass, const CodeRows& codes, int64_t begin, int64_t
   for (int64_t i = 0; i < pass.next_count; ++i) {
     pass.next[i] = rows.w + (i < left ? rows.index[end + i] : rows.next[i - left]) * rows.row_bytes;
   }
+  pass.lines = nullptr;
   pass.lines_per_step = 0;
   if (rows.row_bytes >= kShortRowBytes || pass.next_count == 0) return;
   const int64_t span = pass.next[pass.next_count - 1] - pass.next[0] + rows.row_bytes;
@@ -201,7 +202,7 @@ void add_codes(const FloatRows& rows, float* sums) {
   for (int64_t begin = 0; begin < rows.count; begin += kFloatRows) {
     const int64_t end = begin + kFloatRows < rows.count ? begin + kFloatRows : rows.count;
     const bool begins = begin == 0, ends = end == rows.count;
-    CodePass pass = {};
+    CodePass pass;
     set_up(pass, codes, begin, end);
     if (begins && ends) {
       add_pass<Bits, Begins::kYes, Ends::kYes>(codes, pass, sums);

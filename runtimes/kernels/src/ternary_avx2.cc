@@ -62,7 +62,7 @@ struct Pass {
 void set_up(Pass& pass, const TernaryRows& given, int64_t begin, int64_t end) {
   const int64_t count = end - begin, left = given.count - end;
   for (int64_t i = 0; i < count; ++i) pass.rows[i] = given.w + given.index[begin + i] * given.row_bytes;
-  if (count % 2 != 0) pass.rows[count] = pass.rows[count - 1];  // with an activation of 0
+  if (count % 2 != 0) pass.rows[count] = given.w + given.index[end - 1] * given.row_bytes;  // with an activation of 0
   pass.pair_count = (count + 1) / 2;
   for (int64_t i = 0; i < pass.pair_count; ++i) {
     const int8_t* const values = given.value + begin + 2 * i;
@@ -134,7 +134,7 @@ void gemv(const TernaryRows& rows, int32_t* sums) {
   for (int64_t begin = 0; begin < rows.count; begin += pass_rows) {
     const int64_t end = begin + pass_rows < rows.count ? begin + pass_rows : rows.count;
     const bool begins = begin == 0, ends = end == rows.count;
-    Pass pass = {};
+    Pass pass;
     set_up(pass, rows, begin, end);
     if (begins && ends) {
       add_pass<Begins::kYes, Ends::kYes>(pass, rows.row_bytes, rows.partial, sums);
