@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -48,9 +50,23 @@ def tvm() -> Any:
     # A thread that spins between kernels takes the core that another program needs; QSPARSE_SPIN=1 leaves TVM its own choice.
     if not switches.is_on(switches.SPIN, otherwise=False):
         os.environ.setdefault(_SPIN_VARIABLE, "0")
-    import tvm as module
+    with _without_torch():
+        import tvm as module
 
     return module
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """TVM imports PyTorch where it is installed, 4 of its 6 seconds, for conversions that nothing here asks for."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # which makes an import fail as if it were not installed
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def use_threads(count: int | None) -> None:

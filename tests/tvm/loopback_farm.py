@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from qsparse_export.errors import TargetError
 from qsparse_export.runtimes.tvm.tracker import Tracker
 
 _PATIENCE_SECONDS = 60
+_WITHOUT_TORCH = Path(__file__).parent / "without_torch"
 
 
 def free_port() -> int:
@@ -54,7 +56,8 @@ def mortal_farm(keys: list[str]) -> Iterator[tuple[Tracker, dict[str, int]]]:
 def _process(module: str, *arguments: str) -> Iterator[int]:
     command = [sys.executable, "-P", "-m", f"tvm.exec.{module}", *arguments]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, start_new_session=True, **quiet)
+    environment = os.environ | {"PYTHONPATH": str(_WITHOUT_TORCH)}
+    process = subprocess.Popen(command, start_new_session=True, env=environment, **quiet)
     try:
         yield process.pid
     finally:

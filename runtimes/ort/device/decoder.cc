@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <map>
 #include <stdexcept>
 
 namespace qsparse_device {
 namespace {
 
+constexpr char kIds[] = "input_ids", kPositions[] = "position_ids", kMask[] = "attention_mask";
 constexpr char kPast[] = "past_key_values.";
 constexpr char kPresent[] = "present.";
 constexpr char kSharedCache[] = "ai.qsparse.shared_cache";
@@ -21,7 +21,7 @@ float from_half(uint16_t half) {
     return std::copysign(static_cast<float>(mantissa) * 0x1p-24f, sign ? -1.0f : 1.0f);
   }
   const uint32_t bits =
-      sign | (exponent == 31 ? 0x7f800000u : exponent + 112 << 23) | mantissa << 13;  // 112: 127 - 15, the biases
+      sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;  // 112: 127 - 15, the biases
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
@@ -58,18 +58,21 @@ Decoder::Decoder(const OnnxRuntime& runtime, Session& session) : runtime_(runtim
     if (found == outputs.end()) throw std::runtime_error("the graph has no output " + name + ": it is no decoder");
     return static_cast<size_t>(found - outputs.begin());
   };
-  if (session.inputs().count("input_ids") == 0) {
-    throw std::runtime_error("the graph has no input input_ids: it is no decoder");
-  }
   logits_ = position_of("logits");
   shares_cache_ = session.metadata(kSharedCache) == "true";
-  for (const auto& [name, input] : session.inputs()) {
-    if (name.rfind(kPast, 0) != 0) continue;
+  bool has_ids = false;
+  for (size_t i = 0; i < session.inputs().size(); ++i) {
+    const Input& input = session.inputs()[i];
+    has_ids = has_ids || input.name == kIds;
+    if (input.name == kIds || input.name == kPositions || input.name == kMask) continue;
+    if (input.name.rfind(kPast, 0) != 0)
+      throw std::runtime_error("the graph has an input " + input.name + ": it is no decoder");
     if (input.shape.size() != 4 || input.shape[1] < 1 || input.shape[3] < 1) {
-      throw std::runtime_error(name + " is not [batch, heads, past, head_dim] with known heads and head_dim");
+      throw std::runtime_error(input.name + " is not [batch, heads, past, head_dim] with known heads and head_dim");
     }
-    caches_.emplace_back(name, position_of(kPresent + name.substr(sizeof kPast - 1)));
+    caches_.push_back({i, position_of(kPresent + input.name.substr(sizeof kPast - 1))});
   }
+  if (!has_ids) throw std::runtime_error("the graph has no input input_ids: it is no decoder");
   reset();
 }
 
@@ -80,7 +83,7 @@ void Decoder::reset() {
 }
 
 Tensor Decoder::cache(size_t position, int64_t room) const {
-  const Input& input = session_.inputs().at(caches_[position].first);
+  const Input& input = session_.inputs()[caches_[position].input];
   return Tensor::empty(runtime_, {1, input.shape[1], room, input.shape[3]}, input.type);
 }
 
@@ -90,7 +93,7 @@ void Decoder::make_room(int64_t tokens) {
   const int64_t room = (tokens * 3 / 2 + kCacheTokens - 1) / kCacheTokens * kCacheTokens;
   for (size_t i = 0; i < caches_.size(); ++i) {
     Tensor larger = cache(i, room);
-    const Input& input = session_.inputs().at(caches_[i].first);
+    const Input& input = session_.inputs()[caches_[i].input];
     const int64_t heads = input.shape[1];
     const int64_t token_bytes = input.shape[3] * (input.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? 4 : 2);
     auto* to = static_cast<uint8_t*>(larger.data());
@@ -113,17 +116,18 @@ int64_t Decoder::step(const std::vector<int64_t>& ids) {
   const Tensor input_ids = Tensor::of(runtime_, {1, count}, ids);
   const Tensor position_ids = Tensor::of(runtime_, {1, count}, positions);
   const Tensor mask = Tensor::of(runtime_, {1, position_ + count}, ones);
-  std::vector<std::pair<std::string, const Tensor*>> feeds = {{"input_ids", &input_ids}};
-  if (session_.inputs().count("position_ids")) feeds.emplace_back("position_ids", &position_ids);
-  if (session_.inputs().count("attention_mask")) feeds.emplace_back("attention_mask", &mask);
   make_room(position_ + count);
-  std::map<std::string, const Tensor*> in_place;
-  for (size_t i = 0; i < caches_.size(); ++i) {
-    feeds.emplace_back(caches_[i].first, &past_[i]);
-    if (shares_cache_) in_place[session_.outputs()[caches_[i].second]] = &past_[i];
+  std::vector<const Tensor*> feeds(session_.inputs().size()), results(session_.outputs().size());
+  for (size_t i = 0; i < feeds.size(); ++i) {
+    const std::string& name = session_.inputs()[i].name;
+    feeds[i] = name == kIds ? &input_ids : name == kPositions ? &position_ids : &mask;
   }
-  std::vector<Tensor> outputs = session_.run(feeds, in_place);
-  for (size_t i = 0; i < caches_.size() && !shares_cache_; ++i) past_[i] = std::move(outputs[caches_[i].second]);
+  for (size_t i = 0; i < caches_.size(); ++i) {
+    feeds[caches_[i].input] = &past_[i];
+    if (shares_cache_) results[caches_[i].output] = &past_[i];
+  }
+  std::vector<Tensor> outputs = session_.run(feeds, results);
+  for (size_t i = 0; i < caches_.size() && !shares_cache_; ++i) past_[i] = std::move(outputs[caches_[i].output]);
   position_ += count;
   const Tensor& logits = outputs[logits_];
   const std::vector<int64_t> shape = logits.shape();

@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "onnxruntime.h"
@@ -29,10 +28,13 @@ class Decoder {
   void make_room(int64_t tokens);
   const OnnxRuntime& runtime_;
   Session& session_;
+  struct Cache {
+    size_t input, output;  // positions: the past, and what replaces it
+  };
   bool shares_cache_ = false;
   size_t logits_ = 0;
-  std::vector<std::pair<std::string, size_t>> caches_;  // input, and the output that replaces it
-  std::vector<Tensor> past_;                            // in the order of caches_
+  std::vector<Cache> caches_;
+  std::vector<Tensor> past_;  // in the order of caches_
   int64_t position_ = 0;
   int64_t room_ = 0;  // tokens that a shared cache can hold
 };

@@ -160,7 +160,7 @@ void Session::read_signature() {
     runtime_.require(api.SessionGetInputName(session_, i, memory, &name), "an input's name");
     runtime_.require(api.SessionGetInputTypeInfo(session_, i, &info), name);
     const OrtTensorTypeAndShapeInfo* tensor = nullptr;
-    Input input{ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}};
+    Input input{name, ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}};
     size_t rank = 0;
     OrtStatus* status = api.CastTypeInfoToTensorInfo(info, &tensor);
     if (status == nullptr) status = api.GetTensorElementType(tensor, &input.type);
@@ -169,7 +169,7 @@ void Session::read_signature() {
     if (status == nullptr) status = api.GetDimensions(tensor, input.shape.data(), rank);
     api.ReleaseTypeInfo(info);
     runtime_.require(status, name);
-    inputs_[name] = input;
+    inputs_.push_back(input);
     memory->Free(memory, name);
   }
   runtime_.require(api.SessionGetOutputCount(session_, &count), "the outputs");
@@ -179,6 +179,8 @@ void Session::read_signature() {
     outputs_.emplace_back(name);
     memory->Free(memory, name);
   }
+  for (const Input& input : inputs_) input_names_.push_back(input.name.c_str());
+  for (const std::string& output : outputs_) output_names_.push_back(output.c_str());
 }
 
 std::string Session::metadata(const std::string& key) const {
@@ -196,32 +198,19 @@ std::string Session::metadata(const std::string& key) const {
   return value;
 }
 
-std::vector<Tensor> Session::run(const std::vector<std::pair<std::string, const Tensor*>>& feeds,
-                                 const std::map<std::string, const Tensor*>& results) {
-  std::vector<const char*> names, wanted;
+std::vector<Tensor> Session::run(const std::vector<const Tensor*>& feeds, const std::vector<const Tensor*>& results) {
   std::vector<const OrtValue*> values;
-  for (const auto& [name, tensor] : feeds) {
-    names.push_back(name.c_str());
-    values.push_back(tensor->value());
-  }
+  for (const Tensor* feed : feeds) values.push_back(feed->value());
   std::vector<OrtValue*> raw;
-  for (const std::string& name : outputs_) {
-    wanted.push_back(name.c_str());
-    const auto given = results.find(name);
-    raw.push_back(given == results.end() ? nullptr : given->second->value());
-  }
-  runtime_.require(runtime_.api().Run(session_, nullptr, names.data(), values.data(), values.size(), wanted.data(),
-                                      wanted.size(), raw.data()),
+  for (const Tensor* result : results) raw.push_back(result == nullptr ? nullptr : result->value());
+  runtime_.require(runtime_.api().Run(session_, nullptr, input_names_.data(), values.data(), values.size(),
+                                      output_names_.data(), output_names_.size(), raw.data()),
                    "running the model");
-  std::vector<Tensor> tensors;
+  std::vector<Tensor> outputs(raw.size());
   for (size_t i = 0; i < raw.size(); ++i) {
-    if (results.count(outputs_[i])) {
-      tensors.emplace_back();
-    } else {
-      tensors.emplace_back(runtime_, raw[i]);
-    }
+    if (results[i] == nullptr) outputs[i] = Tensor(runtime_, raw[i]);
   }
-  return tensors;
+  return outputs;
 }
 
 }  // namespace qsparse_device

@@ -3,7 +3,6 @@
 #define QSPARSE_DEVICE_ONNXRUNTIME_H_
 
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -46,8 +45,9 @@ class Tensor {
   OrtValue* value_ = nullptr;
 };
 
-// What a graph says of one input: its type, and its shape with -1 where it is free.
+// What a graph says of one input; its shape has -1 where it is free.
 struct Input {
+  std::string name;
   ONNXTensorElementDataType type;
   std::vector<int64_t> shape;
 };
@@ -59,22 +59,22 @@ class Session {
   ~Session();
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
-  const std::map<std::string, Input>& inputs() const { return inputs_; }
+  const std::vector<Input>& inputs() const { return inputs_; }
   const std::vector<std::string>& outputs() const { return outputs_; }
   // The value that the graph carries under a key of its metadata; empty where there is none.
   std::string metadata(const std::string& key) const;
-  // Runs once; the outputs come in the order of outputs(). `results`, by output name, are written in place: those
-  // outputs come back empty.
-  std::vector<Tensor> run(const std::vector<std::pair<std::string, const Tensor*>>& feeds,
-                          const std::map<std::string, const Tensor*>& results = {});
+  // Runs once, on one tensor for each of inputs(); the outputs come in the order of outputs(). Those that have a tensor
+  // in `results` are written there, and come back empty.
+  std::vector<Tensor> run(const std::vector<const Tensor*>& feeds, const std::vector<const Tensor*>& results);
 
  private:
   void read_signature();
   const OnnxRuntime& runtime_;
   OrtEnv* env_ = nullptr;
   OrtSession* session_ = nullptr;
-  std::map<std::string, Input> inputs_;
+  std::vector<Input> inputs_;
   std::vector<std::string> outputs_;
+  std::vector<const char*> input_names_, output_names_;  // as ONNX Runtime takes them at every run
 };
 
 }  // namespace qsparse_device

@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import tvm
-from tvm.s_tir import dlight
-
-from qsparse_export.runtimes.tvm.build import pipeline
-
 
 def build(module: Path, kind: str, arch: str, host_triple: str, compiler: str, library: Path) -> None:
     """Compile the functions in ``module``, of Relax too, and link ``library`` with ``compiler``."""
+    from qsparse_export.runtimes.tvm import environment
+
+    tvm = environment.tvm()
+    from tvm.s_tir import dlight
+
+    from qsparse_export.runtimes.tvm.build import pipeline
+
     device = {"kind": kind, "arch": arch} if arch else {"kind": kind}
     host = {"kind": "llvm", "mtriple": host_triple} if host_triple else {"kind": "llvm"}
     target = tvm.target.Target(device, host=host)

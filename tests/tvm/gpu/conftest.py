@@ -30,8 +30,9 @@ def emulated_cuda() -> SoftwareDevice:
     return EmulatedCuda.open()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def swiftshader() -> Iterator[SoftwareDevice]:
+    """Not for the session: a browser takes a twentieth of a core while it waits."""
     with browser() as device:
         yield device
 
