@@ -11,7 +11,7 @@ r"""Whole models against their peers, in turns on one machine: a page of ratios.
     llama-quantize --allow-requantize SmolLM2.gguf smollm2-q4_0.gguf q4_0
     python -m onnxruntime_genai.models.builder -i smollm2-hf -o smollm2-genai -p int4 -e cpu --extra_options int4_accuracy_level=4
 
-The page in docs/ had -n 48 -r 4 for BitNet and -n 64 -r 5 for SmolLM2. tq2_0.gguf is the same shape with random weights, its head
+The page in docs/ had -n 48 -r 3 for BitNet and -n 64 -r 5 for SmolLM2. tq2_0.gguf is the same shape with random weights, its head
 q6_K; smollm2-hf the GGUF's tensors as a transformers folder.
 
 --bundle: a folder of qsparse-export, timed by the program that --with-bench put into it, else by qsparse-bench, whose Python
