@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import resource
@@ -17,6 +18,8 @@ import pytest
 import torch
 
 import qsparse_export as qs
+from qsparse_export.cli import export as export_command
+from qsparse_export.cli import run as run_command
 from qsparse_export.config import ModelConfig, SparsityRule, TopK
 from qsparse_export.nn.decoder import Decoder
 
@@ -34,16 +37,26 @@ CONFIG = ModelConfig(
 )
 
 
-def script(name):
-    return str(Path(sys.executable).with_name(f"qsparse-{name}"))
+SCRIPT = str(Path(sys.executable).with_name("qsparse-export"))
 
 
-def command(name, *arguments, **options):
-    return subprocess.run([script(name), *map(str, arguments)], capture_output=True, text=True, timeout=300, **options)
+def command(main, *arguments):
+    """The entry point of a console script, called: a process for each would import PyTorch again."""
+    printed, said = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
+        try:
+            code = main([*map(str, arguments)])
+        except SystemExit as end:  # argparse
+            code = end.code
+    return subprocess.CompletedProcess(arguments, code, printed.getvalue(), said.getvalue())
 
 
-def export(*arguments, **options):
-    return command("export", *arguments, **options)
+def export(*arguments):
+    return command(export_command.main, *arguments)
+
+
+def run(*arguments):
+    return command(run_command.main, *arguments)
 
 
 def refused(result, *words, code=1):
@@ -227,13 +240,15 @@ def small_disk(path):
 
 def test_full_disk(tmp_path, checkpoint):
     with small_disk(tmp_path / "disk") as limit:
-        refused(export(checkpoint, "-o", tmp_path / "disk" / "out", preexec_fn=limit), "cannot write", "space")
+        words = [SCRIPT, checkpoint, "-o", tmp_path / "disk" / "out"]
+        result = subprocess.run(words, capture_output=True, text=True, timeout=300, preexec_fn=limit, check=False)
+        refused(result, "cannot write", "space")
         assert list((tmp_path / "disk").iterdir()) == []
 
 
 def test_killed_in_the_middle(tmp_path, checkpoint):
     out = tmp_path / "out"
-    process = subprocess.Popen([script("export"), str(checkpoint), "-o", str(out)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([SCRIPT, str(checkpoint), "-o", str(out)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".*.partial")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -246,7 +261,7 @@ def test_killed_in_the_middle(tmp_path, checkpoint):
 
 def test_terminated_in_the_middle_cleans_up(tmp_path, checkpoint):
     out = tmp_path / "out"
-    process = subprocess.Popen([script("export"), str(checkpoint), "-o", str(out)], stderr=subprocess.PIPE)
+    process = subprocess.Popen([SCRIPT, str(checkpoint), "-o", str(out)], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".*.partial")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -265,7 +280,7 @@ def test_wrong_target_name_offers_near_ones(checkpoint):
 def test_usage_errors_exit_with_2(checkpoint):
     for arguments in (["list"], ["list", "things"], [], [checkpoint, "--verify", "maybe"], [checkpoint, "targets"]):
         assert export(*arguments).returncode == 2
-    assert command("run").returncode == 2
+    assert run().returncode == 2
 
 
 def test_flipped_byte(tmp_path, bundle):
@@ -274,7 +289,7 @@ def test_flipped_byte(tmp_path, bundle):
     raw = bytearray((spoilt / "model.onnx.data").read_bytes())
     raw[len(raw) // 2] ^= 1
     (spoilt / "model.onnx.data").write_bytes(raw)
-    refused(command("run", spoilt, "--ids", "1"), "checksum", "model.onnx.data")
+    refused(run(spoilt, "--ids", "1"), "checksum", "model.onnx.data")
 
 
 def test_bundle_for_another_cpu(tmp_path, bundle):
@@ -283,20 +298,20 @@ def test_bundle_for_another_cpu(tmp_path, bundle):
     manifest = json.loads((foreign / "manifest.json").read_text())
     manifest["target"] |= {"name": "giant", "features": ["amx_int8_of_tomorrow"]}
     (foreign / "manifest.json").write_text(json.dumps(manifest))
-    refused(command("run", foreign, "--ids", "1"), "giant", "amx_int8_of_tomorrow", "--no-native")
-    result = command("run", foreign, "--ids", "1", "-n", "2", "--no-native", "--json")
+    refused(run(foreign, "--ids", "1"), "giant", "amx_int8_of_tomorrow", "--no-native")
+    result = run(foreign, "--ids", "1", "-n", "2", "--no-native", "--json")
     assert result.returncode == 0 and len(json.loads(result.stdout)["tokens"]) == 2
 
 
 def test_run_refuses_what_is_no_bundle_and_wrong_prompts(tmp_path, bundle):
-    refused(command("run", tmp_path), "no bundle")
-    refused(command("run", bundle, "--prompt", "x"), "tokenizer")
-    refused(command("run", bundle, "--ids", "one"), "--ids", code=2)
-    refused(command("run", bundle, "--ids", "999"), "64", code=2)
+    refused(run(tmp_path), "no bundle")
+    refused(run(bundle, "--prompt", "x"), "tokenizer")
+    refused(run(bundle, "--ids", "one"), "--ids", code=2)
+    refused(run(bundle, "--ids", "999"), "64", code=2)
 
 
 def test_run_prints_the_promised_json(bundle):
-    result = command("run", bundle, "--ids", "1,2,3", "-n", "4", "--json")
+    result = run(bundle, "--ids", "1,2,3", "-n", "4", "--json")
     plain = json.loads(result.stdout)
     assert set(plain) == {
         "text",
@@ -316,8 +331,9 @@ def test_lists_print_what_there_is():
     assert "fold-constants" in export("list", "passes").stdout
 
 
-def test_default_output_is_name_and_target_beside_the_caller(tmp_path, checkpoint):
-    result = export(checkpoint, "--verify", "none", cwd=tmp_path)
+def test_default_output_is_name_and_target_beside_the_caller(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = export(checkpoint, "--verify", "none")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "tiny-cpu" / "manifest.json").is_file()
     assert "not verified" in result.stderr
