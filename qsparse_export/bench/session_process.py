@@ -1,6 +1,6 @@
 """The measured side of ``qsparse-bench BUNDLE``: a process of its own that opens one model and times what it is told to.
 
-It imports what running a bundle takes (Python, NumPy, ONNX Runtime) and nothing else, so that its memory is that of a
+It imports what running a bundle takes (Python, NumPy, ONNX Runtime or TVM) and nothing else, so that its memory is that of a
 program which runs the model. The protocol is one JSON object per line (docs/benchmarks.md): a device's own program that
 speaks it is measured just so.
 
@@ -23,8 +23,9 @@ from qsparse_export.bench.prompt import first_token, prompt_ids
 from qsparse_export.bundle import Bundle
 from qsparse_export.errors import QSparseError
 from qsparse_export.generate import Generator, greedy
+from qsparse_export.runtimes.tvm import environment
 
-_LIBRARIES = {"ort": "onnxruntime", "reference": "onnx.reference", "tvm": "tvm"}
+_LIBRARIES = {"ort": "onnxruntime", "reference": "onnx.reference"}
 
 
 def main() -> None:
@@ -69,7 +70,10 @@ def _session(request: dict[str, Any], commands: TextIO) -> Iterator[dict[str, An
 
 def _import_runtime(name: str) -> None:
     """What a program imports once is no part of the time that a model takes to load."""
-    importlib.import_module(_LIBRARIES[name])
+    if name == "tvm":
+        environment.tvm()
+    else:
+        importlib.import_module(_LIBRARIES[name])
 
 
 def _prefill(generator: Generator, ids: list[int]) -> dict[str, float]:

@@ -150,6 +150,7 @@ class TvmRuntime:
         for one with code for a GPU that is not here, or for such a one and another ``graph``.
         """
         environment.require_tvm()
+        environment.tvm()  # before another module imports it, and PyTorch with it
         from qsparse_export.runtimes.tvm.machine import GpuMachine, LocalMachine
         from qsparse_export.runtimes.tvm.session import Program, TvmSession
 
@@ -192,6 +193,7 @@ class TvmRuntime:
         Raises as :class:`~qsparse_export.runtimes.tvm.machine.RemoteMachine` does.
         """
         environment.require_tvm()
+        environment.tvm()
         from qsparse_export.runtimes.tvm.machine import RemoteMachine
         from qsparse_export.runtimes.tvm.session import Program, TvmSession
 

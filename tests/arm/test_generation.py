@@ -14,7 +14,7 @@ from qsparse_export.runtimes.ort.library import DEVICE_BENCH_NAME, LIBRARY_NAME
 VARIANTS = {"cortex-a53": "neon", "cortex-a72": "neon", "cortex-a76": "neondot"}
 MODELS = ("qsparse", "bitnet")
 PROMPT = (3, 5, 7, 9)
-TOKENS = 24
+TOKENS = 16
 
 
 def here(bundle, native):

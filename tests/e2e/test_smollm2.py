@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 EXTRACT = ROOT / "samples" / "02_measure_perplexity" / "handbook_text.py"
 HANDBOOK = Path("/usr/share/doc/debian-handbook/html/en-US/index.html")
 RATIOS = ("0.25", "down=0.5")
-WINDOW, TOKENS = 512, 1024
+WINDOW, TOKENS = 256, 512
 MOST_RSS = 2 << 30
 
 # Runs the command, then prints this process's own peak of all resident pages, those of mapped files too.
@@ -81,7 +81,7 @@ def text_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def windows(exported, text_file):
-    """The first tokens of the text, cut into windows: int64 tensors [512]."""
+    """The first tokens of the text, cut into windows: int64 tensors [WINDOW]."""
     ids = exported[0].open().encode(text_file.read_text("utf-8"))[:TOKENS]
     assert len(ids) == TOKENS
     return torch.tensor(ids).split(WINDOW)
@@ -146,7 +146,7 @@ def test_sparse_perplexity_is_pytorchs_when_it_follows_the_same_choices(exported
     tie broken the other way moves all later logits. So PyTorch takes the compiled model's choices, each of which it checks.
     """
     bundle, manifest, _ = exported
-    printed = process("run", bundle.path, "--perplexity", text_file, "--limit", TOKENS)
+    printed = process("run", bundle.path, "--perplexity", text_file, "--limit", TOKENS, "--window", WINDOW)
     names = tuple(dict.fromkeys(tap.value for tap in taps_of(bundle)))
     session = get_runtime("ort").open(bundle.path, threads=None, native=True, taps=names)
     module = pytorch(*RATIOS)
@@ -172,7 +172,7 @@ def test_sparse_perplexity_is_pytorchs_when_it_follows_the_same_choices(exported
 def test_dense_perplexity_is_pytorchs(exported, smollm2_gguf, pytorch, windows, text_file, process):
     out = exported[0].path.with_name("dense")
     process("export", smollm2_gguf, "--verify", "none", "-o", out)
-    printed = process("run", out, "--perplexity", text_file, "--limit", TOKENS)
+    printed = process("run", out, "--perplexity", text_file, "--limit", TOKENS, "--window", WINDOW)
     module = pytorch()
     expected, count = perplexity_by_pytorch(windows, lambda window: module(window[None])[0][0])
     print(f"dense perplexity on {count} tokens: {printed['perplexity']:.6f}, PyTorch {expected:.6f}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import tvm
 from tvm import tirx
@@ -55,17 +56,18 @@ class DeviceKernel:
 
 def device_kernels(program: Program, kind: str) -> list[DeviceKernel]:
     """The program's kernels, lowered and built by TVM for the target ``kind``."""
+    return [device_kernel(kernel, kind) for kernel in program.kernels]
+
+
+@cache  # several devices take the same source
+def device_kernel(kernel: tirx.PrimFunc, kind: str) -> DeviceKernel:
+    """One of them: what ``tvm.compile`` does, step by step, since it keeps arguments and grid to itself."""
     device = {"kind": kind, "arch": "sm_80"} if kind == "cuda" else {"kind": kind}
     target = tvm.target.Target(device, host={"kind": "llvm"})
-    return [device_kernel(kernel, target) for kernel in program.kernels]
-
-
-def device_kernel(kernel: tirx.PrimFunc, target: tvm.target.Target) -> DeviceKernel:
-    """One of them: what ``tvm.compile`` does, step by step, since it keeps arguments and grid to itself."""
     module = tvm.tirx.transform.BindTarget(target)(tvm.IRModule({kernel.attrs["global_symbol"]: kernel}))
     passes, _, device_passes = tvm.tirx.get_default_tir_pipeline(target)
     host, devices = split_host_device_mods(passes(module))
-    ((device, lowered),) = devices.items()
+    ((on, lowered),) = devices.items()
     lowered = device_passes()(lowered)
     ((name, function),) = lowered.functions.items()
     ((_, caller),) = host.functions.items()
@@ -81,7 +83,7 @@ def device_kernel(kernel: tirx.PrimFunc, target: tvm.target.Target) -> DeviceKer
         arguments.append(named if named in tensors else passed)
     return DeviceKernel(
         name.name_hint,
-        codegen_build(lowered, device).inspect_source(),
+        codegen_build(lowered, on).inspect_source(),
         tuple(arguments),
         tuple(axes[axis] for axis in AXES),
         tuple(each for each in inside if isinstance(each, tirx.Bind) and isinstance(each.var.ty, tvm.ir.PrimType)),

@@ -22,7 +22,7 @@ HEADERS = ("cuda.h", "cuda_fp16.h")
 """Which TVM's source includes: tvm_cuda.h has what it uses of them."""
 FLAGS = (
     "-std=c++17",
-    "-O1",
+    "-O0",
     "-ffp-contract=off",
     "-fno-strict-aliasing",
     "-fsanitize=alignment",
