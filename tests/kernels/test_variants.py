@@ -160,6 +160,27 @@ def test_ternary_properties(
         kernels.check(variant, case)
 
 
+@PROPERTY
+@given(
+    groups=st.lists(st.sampled_from([0, 1, 15, 16, 31, 63, 64, 127]), min_size=1, max_size=24),
+    signs=st.sampled_from(["plus", "minus", "both"]),
+    weight=st.sampled_from([-1, 1]),
+    workers=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_sums_stay_exact_however_large_their_activations_are(
+    kernels: Kernels, groups: list[int], signs: str, weight: int, workers: int, seed: int
+) -> None:
+    """Kernels that keep int16 sums must move them on in time: groups of 32 channels have int8 magnitudes of this size."""
+    rng = np.random.default_rng(seed)
+    q = np.repeat(groups, 32).astype(np.float32)
+    q *= {"plus": 1, "minus": -1, "both": rng.choice([-1, 1], q.size)}[signs]
+    q[rng.integers(q.size)] = 127  # which makes the others as they are
+    weights = np.full((130, q.size), weight, np.int8)
+    for variant in SUPPORTED:
+        kernels.check(variant, Ternary(q[None], weights, 0.5, workers))
+
+
 def test_padding_of_weights_is_never_seen(kernels: Kernels) -> None:
     """What the pad bits of a row hold changes no output."""
     rng = np.random.default_rng(7)

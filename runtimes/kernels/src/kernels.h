@@ -165,12 +165,19 @@ struct TernaryRows {
   int64_t next_count;    // at most kGemvRows
   bool is_cached;        // another row of x has just read these weights
   int16_t* partial;      // workspace: one for each of the sums, aligned to 64
+  // A variant whose sums are int16 at first may leave them in `partial` from call to call, where the caller sees to it
+  // that those of more than one call stay within kMostMagnitude: the first of such calls begins them, the last one
+  // moves them on.
+  bool begins, ends;
 };
+
+// Of the activations: at most 2 * 4 of it is the magnitude of an int16 sum of products with codes 0..2, times 4.
+constexpr int32_t kMostMagnitude = 32767 / (2 * 4);
 
 struct TernaryKernels {
   // Sums are kept for whole blocks of this many row bytes, four int32 per byte, in the kernel's own order; 32 or 64.
   int64_t block_bytes;
-  // sums[.] += value * code over the channels.
+  // sums[.] += value * code over the channels; what is in `partial`, when rows.ends says so.
   void (*gemv)(const TernaryRows& rows, int32_t* sums);
   float batch_cost;  // of a channel of a row of several that take turns; in the unit of GemmCost
   TernaryGemm gemm;

@@ -3,7 +3,8 @@
 // Codes 0..2 are the unsigned operand of maddubs, activations the signed one: the two products of a pair of channels
 // add up in an int16 lane. In one row the four outputs of a byte are four planes; the planes 1 and 3 are masked without
 // a shift, which multiplies their codes by 4, and divided exactly when a group of channels is done:
-//   2 * 128 * (2 * 4) * 16 pairs = 32768, and the positive side is below it, so 32 channels just fit.
+//   2 * 128 * (2 * 4) * 16 pairs = 32768, and the positive side is below it, so 32 channels just fit; and more of them
+// whose activations are small (kMostMagnitude).
 #include "ternary_avx2_layout.h"
 
 namespace qsk {
@@ -77,7 +78,7 @@ void set_up(Pass& pass, const TernaryRows& given, int64_t begin, int64_t end) {
   for (int64_t i = known; i < 2 * pass.pair_count; ++i) pass.next[i] = pass.rows[0];  // which is in the cache
 }
 
-// Where the passes of a call begin and end: sums stay int16 in between.
+// Where the sums of passes begin and end: they stay int16 in between.
 enum class Begins { kNo, kYes };
 enum class Ends { kNo, kYes };
 
@@ -133,7 +134,7 @@ void gemv(const TernaryRows& rows, int32_t* sums) {
   const int64_t pass_rows = pass_rows_of(rows);
   for (int64_t begin = 0; begin < rows.count; begin += pass_rows) {
     const int64_t end = begin + pass_rows < rows.count ? begin + pass_rows : rows.count;
-    const bool begins = begin == 0, ends = end == rows.count;
+    const bool begins = rows.begins && begin == 0, ends = rows.ends && end == rows.count;
     Pass pass;
     set_up(pass, rows, begin, end);
     if (begins && ends) {

@@ -213,7 +213,14 @@ TernaryRows rows_of(const Call& call, const Active& active, int64_t begin, int64
   rows.value = active.value + begin;
   rows.count = count;
   rows.partial = call.work.partial + worker * call.padded_outputs;
+  rows.begins = rows.ends = true;
   return rows;
+}
+
+int32_t magnitude(const int8_t* values, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += values[i] < 0 ? -values[i] : values[i];
+  return sum;
 }
 
 // Takes pieces of the active channels until none is left and adds their rows to this worker's sums.
@@ -223,6 +230,10 @@ void add_pieces(const Call& call, const Active& active, int64_t piece_channels, 
   int32_t* sums = call.work.sums + worker * call.work.sums_stride;
   memset(sums, 0, call.work.sums_stride * sizeof *sums);
   call.work.is_filled[worker] = true;
+  bool begins = true;
+  const int64_t first = piece * piece_channels;
+  int32_t next_magnitude = magnitude(active.value + first, min_of(kGemvRows, active.count - first));
+  int32_t partial_magnitude = 0;  // of what the int16 sums hold
   while (piece >= 0) {
     const int64_t next_piece = pieces.take();  // one ahead, so that its rows can be prefetched
     const int64_t end = min_of(active.count, (piece + 1) * piece_channels);
@@ -233,7 +244,12 @@ void add_pieces(const Call& call, const Active& active, int64_t piece_channels, 
       TernaryRows rows = rows_of(call, active, begin, count, worker);
       rows.next = active.index + next;
       rows.next_count = min_of(kGemvRows, active.count - next);
+      partial_magnitude = begins ? next_magnitude : partial_magnitude + next_magnitude;
+      next_magnitude = magnitude(active.value + next, rows.next_count);
+      rows.begins = begins;
+      rows.ends = rows.next_count == 0 || partial_magnitude + next_magnitude > kMostMagnitude;
       call.variant.ternary->gemv(rows, sums);
+      begins = rows.ends;
     }
     piece = next_piece;
   }
