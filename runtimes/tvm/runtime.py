@@ -149,7 +149,6 @@ class TvmRuntime:
         machine's, or was compiled elsewhere and is not trusted (:mod:`~qsparse_export.runtimes.tvm.made_here`); TargetError
         for one with code for a GPU that is not here, or for such a one and another ``graph``.
         """
-        environment.require_tvm()
         environment.tvm()  # before another module imports it, and PyTorch with it
         from qsparse_export.runtimes.tvm.machine import GpuMachine, LocalMachine
         from qsparse_export.runtimes.tvm.session import Program, TvmSession
@@ -192,7 +191,6 @@ class TvmRuntime:
 
         Raises as :class:`~qsparse_export.runtimes.tvm.machine.RemoteMachine` does.
         """
-        environment.require_tvm()
         environment.tvm()
         from qsparse_export.runtimes.tvm.machine import RemoteMachine
         from qsparse_export.runtimes.tvm.session import Program, TvmSession

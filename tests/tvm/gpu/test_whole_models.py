@@ -33,7 +33,7 @@ from qsparse_export.runtimes.tvm.runtime import GRAPH, MODULE, TvmRuntime
 from qsparse_export.targets.target import load_target
 
 HERE = Path(__file__).parent
-MODELS = {"qwen2": "int4", "moe": "keep", "bitnet-moe": "keep"}
+MODELS = {"qwen2": "int4", "bitnet": "keep", "moe": "keep", "bitnet-moe": "keep"}
 LENGTHS = [(1, 11, 0), (2, 5, 3), (2, 1, 70), (1, 1, 5)]
 """Batch, tokens and past: the first two are many rows, for which other kernels run."""
 FEW, MANY = r"(attention_slices|(ternary|nbits)_gemv\d*)", r"(attention_slices1|(ternary|nbits)_gemm\d*)"
@@ -158,7 +158,7 @@ def said_by_a_failing_gpu(model: OnStandIn, **environment: str) -> str:
     return " ".join(lines)
 
 
-@pytest.mark.parametrize("model", ["qwen2"], indirect=True)
+@pytest.mark.parametrize("model", ["bitnet"], indirect=True)
 def test_a_gpu_that_dies_is_one_error(model: OnStandIn) -> None:
     """While kernels are launched; and behind the last one, which nothing tells but waiting for it. Memory of a GPU that is
     gone must not be freed: TVM ends the process where that fails.
@@ -174,7 +174,7 @@ def test_a_gpu_that_dies_is_one_error(model: OnStandIn) -> None:
     assert whole.returncode == 0, whole.stderr
 
 
-@pytest.mark.parametrize("model", ["qwen2"], indirect=True)
+@pytest.mark.parametrize("model", ["bitnet"], indirect=True)
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.5, 3])
 def test_a_gpu_without_memory_is_one_error(model: OnStandIn, share: float) -> None:
     """For a module's constants, for weights, for caches, for what a run computes."""
